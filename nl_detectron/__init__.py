@@ -1,0 +1,38 @@
+"""Non-local Neural Networks for detectron2: backbones, a keypoint head, and the block itself."""
+
+# First of all: if DETECTRON2_ENV_MODULE names this package, importing detectron2 calls back into it, and
+# every module below needs a whole detectron2.
+try:
+    import detectron2  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "detectron2":
+        raise
+    raise ModuleNotFoundError(
+        "nl_detectron needs detectron2, which is not on the package index under that name: run "
+        "`python tools/install_detectron2.py` from a clone of nl_detectron, or install detectron2 your own way",
+        name="detectron2",
+    ) from None
+
+from nl_detectron.backbone import (
+    NonLocalResNet,
+    build_non_local_resnet_backbone,
+    build_non_local_resnet_fpn_backbone,
+    build_non_local_retinanet_resnet_fpn_backbone,
+    insert_non_local_blocks,
+)
+from nl_detectron.config import add_non_local_config
+from nl_detectron.keypoint_head import NonLocalKeypointHead
+from nl_detectron.non_local import NonLocalBlock
+
+__all__ = [
+    "NonLocalBlock",
+    "NonLocalKeypointHead",
+    "NonLocalResNet",
+    "add_non_local_config",
+    "build_non_local_resnet_backbone",
+    "build_non_local_resnet_fpn_backbone",
+    "build_non_local_retinanet_resnet_fpn_backbone",
+    "insert_non_local_blocks",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,139 @@
+"""ResNet and ResNeXt backbones with non-local blocks: stock detectron2 networks with blocks inserted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.layers import CNNBlockBase, ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, ResNet, build_resnet_backbone
+from detectron2.modeling.backbone import FPN
+from detectron2.modeling.backbone.fpn import (
+    build_resnet_fpn_backbone,
+    build_retinanet_resnet_fpn_backbone,
+)
+from torch import nn
+
+from nl_detectron.config import backbone_options
+from nl_detectron.non_local import NonLocalBlock
+
+
+def insert_non_local_blocks(
+    resnet: nn.Module, after_blocks: Mapping[str, Sequence[int]], **block_options: Any
+) -> None:
+    """Insert non-local blocks into the stages of a ResNet-like backbone, in place.
+
+    A block after residual block ``i`` becomes the child ``non_local{i}`` of the stage, behind its child
+    ``i``. No stock child is renamed, so stock checkpoints keep loading.
+
+    Args:
+        resnet: a detectron2 ``ResNet``, or any backbone whose stages run their children in order, each a
+            ``CNNBlockBase`` (``RegNet``, for one).
+        after_blocks: stage name, such as "res4", to the indices of its residual blocks to insert after;
+            0-based, negative ones count from the end.
+        block_options: arguments of :class:`~nl_detectron.NonLocalBlock`, the same for all blocks.
+
+    Raises:
+        ValueError: a stage that is not built or is frozen, an index out of range or given twice.
+    """
+    stages = {name: _stage(resnet, name) for name, indices in after_blocks.items() if len(indices)}
+    for stage_name, stage in stages.items():
+        _insert_into_stage(stage, stage_name, after_blocks[stage_name], block_options)
+
+
+class NonLocalResNet(ResNet):
+    """detectron2's ResNet with non-local blocks; its ``_target_`` in a LazyConfig can be replaced by this."""
+
+    def __init__(
+        self,
+        *args: Any,
+        after_blocks: Mapping[str, Sequence[int]],
+        block_options: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        """Create the ResNet, then insert the blocks.
+
+        Args:
+            args: positional arguments of ``ResNet``.
+            after_blocks: see :func:`insert_non_local_blocks`.
+            block_options: arguments of :class:`~nl_detectron.NonLocalBlock`.
+            kwargs: keyword arguments of ``ResNet``.
+        """
+        super().__init__(*args, **kwargs)
+        insert_non_local_blocks(self, after_blocks, **(block_options or {}))
+
+
+@BACKBONE_REGISTRY.register()
+def build_non_local_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
+    """``build_resnet_backbone`` with the blocks of ``MODEL.NON_LOCAL``."""
+    resnet = build_resnet_backbone(cfg, input_shape)
+    insert_non_local_blocks(resnet, **backbone_options(cfg))
+    return resnet
+
+
+@BACKBONE_REGISTRY.register()
+def build_non_local_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """``build_resnet_fpn_backbone`` with the blocks of ``MODEL.NON_LOCAL`` in its ResNet."""
+    fpn = build_resnet_fpn_backbone(cfg, input_shape)
+    insert_non_local_blocks(fpn.bottom_up, **backbone_options(cfg))
+    return fpn
+
+
+@BACKBONE_REGISTRY.register()
+def build_non_local_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """``build_retinanet_resnet_fpn_backbone`` with the blocks of ``MODEL.NON_LOCAL`` in its ResNet."""
+    fpn = build_retinanet_resnet_fpn_backbone(cfg, input_shape)
+    insert_non_local_blocks(fpn.bottom_up, **backbone_options(cfg))
+    return fpn
+
+
+def _stage(resnet: nn.Module, name: str) -> nn.Module:
+    built = [child_name for child_name, child in resnet.named_children() if _residual_blocks(child)]
+    if name not in built:
+        raise ValueError(
+            f"after_blocks {name!r} (config key AFTER_BLOCKS.{name.upper()}): the backbone has no such stage; "
+            f"it has {built}. Stages that no output feature needs are not built."
+        )
+    return getattr(resnet, name)
+
+
+def _insert_into_stage(
+    stage: nn.Module, stage_name: str, indices: Sequence[int], block_options: Mapping[str, Any]
+) -> None:
+    where = f"after_blocks {stage_name!r} (config key AFTER_BLOCKS.{stage_name.upper()})"
+    residual_blocks = _residual_blocks(stage)
+    length = len(residual_blocks)
+    bad = [i for i in indices if not -length <= i < length]
+    if bad:
+        raise ValueError(
+            f"{where}: {stage_name} has {length} residual blocks, so an index must be in "
+            f"[{-length}, {length - 1}], got {bad}"
+        )
+    positions = [i % length for i in indices]
+    taken = [i for i in positions if positions.count(i) > 1 or hasattr(stage, f"non_local{i}")]
+    if taken:
+        raise ValueError(f"{where}: more than one non-local block after block {taken[0]}, got {indices}")
+    first_parameter = next(stage.parameters())
+    if not any(p.requires_grad for p in stage.parameters()):
+        raise ValueError(
+            f"{where}: {stage_name} is frozen, so a block in it could never train. Lower freeze_at (config "
+            f"key MODEL.BACKBONE.FREEZE_AT) or choose a later stage."
+        )
+
+    children = dict(stage.named_children())
+    for name in children:
+        delattr(stage, name)
+    for name, child in children.items():
+        stage.add_module(name, child)
+        if child in residual_blocks and (i := residual_blocks.index(child)) in positions:
+            block = NonLocalBlock(child.out_channels, **block_options)
+            stage.add_module(f"non_local{i}", block.to(first_parameter))
+
+
+def _residual_blocks(stage: nn.Module) -> list[CNNBlockBase]:
+    return [
+        child
+        for child in stage.children()
+        if isinstance(child, CNNBlockBase) and not isinstance(child, NonLocalBlock)
+    ]
