@@ -1,7 +1,7 @@
 """Non-local Neural Networks for detectron2: backbones, a keypoint head, and the block itself."""
 
-# First of all: if DETECTRON2_ENV_MODULE names this package, importing detectron2 calls back into it, and
-# every module below needs a whole detectron2.
+# First of all: if DETECTRON2_ENV_MODULE names this package, importing detectron2 calls back into
+# it, and every module below needs a whole detectron2.
 try:
     import detectron2  # noqa: F401
 except ModuleNotFoundError as error:
@@ -9,7 +9,8 @@ except ModuleNotFoundError as error:
         raise
     raise ModuleNotFoundError(
         "nl_detectron needs detectron2, which is not on the package index under that name: run "
-        "`python tools/install_detectron2.py` from a clone of nl_detectron, or install detectron2 your own way",
+        "`python tools/install_detectron2.py` from a clone of nl_detectron, or install it your own "
+        "way",
         name="detectron2",
     ) from None
 

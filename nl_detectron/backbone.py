@@ -1,4 +1,4 @@
-"""ResNet and ResNeXt backbones with non-local blocks: stock detectron2 networks with blocks inserted."""
+"""ResNet and ResNeXt backbones: stock detectron2 networks with non-local blocks inserted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from detectron2.modeling.backbone.fpn import (
 from torch import nn
 
 from nl_detectron.config import backbone_options
-from nl_detectron.non_local import NonLocalBlock
+from nl_detectron.non_local import NonLocalBlock, insert_after
 
 
 def insert_non_local_blocks(
@@ -24,14 +24,14 @@ def insert_non_local_blocks(
 ) -> None:
     """Insert non-local blocks into the stages of a ResNet-like backbone, in place.
 
-    A block after residual block ``i`` becomes the child ``non_local{i}`` of the stage, behind its child
-    ``i``. No stock child is renamed, so stock checkpoints keep loading.
+    A block after residual block ``i`` becomes the child ``non_local{i}`` of the stage, behind its
+    child ``i``. No stock child is renamed, so stock checkpoints keep loading.
 
     Args:
-        resnet: a detectron2 ``ResNet``, or any backbone whose stages run their children in order, each a
-            ``CNNBlockBase`` (``RegNet``, for one).
-        after_blocks: stage name, such as "res4", to the indices of its residual blocks to insert after;
-            0-based, negative ones count from the end.
+        resnet: a detectron2 ``ResNet``, or any backbone whose stages run their children in order,
+            each a ``CNNBlockBase`` (``RegNet``, for one).
+        after_blocks: stage name, such as "res4", to the indices of its residual blocks to insert
+            after; 0-based, negative ones count from the end.
         block_options: arguments of :class:`~nl_detectron.NonLocalBlock`, the same for all blocks.
 
     Raises:
@@ -43,7 +43,10 @@ def insert_non_local_blocks(
 
 
 class NonLocalResNet(ResNet):
-    """detectron2's ResNet with non-local blocks; its ``_target_`` in a LazyConfig can be replaced by this."""
+    """detectron2's ResNet with non-local blocks.
+
+    In a LazyConfig, put it in the place of ``ResNet``: ``bottom_up._target_ = NonLocalResNet``.
+    """
 
     def __init__(
         self,
@@ -74,7 +77,7 @@ def build_non_local_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Res
 
 @BACKBONE_REGISTRY.register()
 def build_non_local_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """``build_resnet_fpn_backbone`` with the blocks of ``MODEL.NON_LOCAL`` in its ResNet."""
+    """``build_resnet_fpn_backbone`` with the blocks of ``MODEL.NON_LOCAL``."""
     fpn = build_resnet_fpn_backbone(cfg, input_shape)
     insert_non_local_blocks(fpn.bottom_up, **backbone_options(cfg))
     return fpn
@@ -82,7 +85,7 @@ def build_non_local_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) ->
 
 @BACKBONE_REGISTRY.register()
 def build_non_local_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """``build_retinanet_resnet_fpn_backbone`` with the blocks of ``MODEL.NON_LOCAL`` in its ResNet."""
+    """``build_retinanet_resnet_fpn_backbone`` with the blocks of ``MODEL.NON_LOCAL``."""
     fpn = build_retinanet_resnet_fpn_backbone(cfg, input_shape)
     insert_non_local_blocks(fpn.bottom_up, **backbone_options(cfg))
     return fpn
@@ -92,8 +95,8 @@ def _stage(resnet: nn.Module, name: str) -> nn.Module:
     built = [child_name for child_name, child in resnet.named_children() if _residual_blocks(child)]
     if name not in built:
         raise ValueError(
-            f"after_blocks {name!r} (config key AFTER_BLOCKS.{name.upper()}): the backbone has no such stage; "
-            f"it has {built}. Stages that no output feature needs are not built."
+            f"after_blocks {name!r} (config key AFTER_BLOCKS.{name.upper()}): the backbone has no "
+            f"such stage; it has {built}. Stages that no output feature needs are not built."
         )
     return getattr(resnet, name)
 
@@ -113,22 +116,19 @@ def _insert_into_stage(
     positions = [i % length for i in indices]
     taken = [i for i in positions if positions.count(i) > 1 or hasattr(stage, f"non_local{i}")]
     if taken:
-        raise ValueError(f"{where}: more than one non-local block after block {taken[0]}, got {indices}")
-    first_parameter = next(stage.parameters())
+        raise ValueError(
+            f"{where}: more than one non-local block after block {taken[0]}, got {indices}"
+        )
     if not any(p.requires_grad for p in stage.parameters()):
         raise ValueError(
-            f"{where}: {stage_name} is frozen, so a block in it could never train. Lower freeze_at (config "
-            f"key MODEL.BACKBONE.FREEZE_AT) or choose a later stage."
+            f"{where}: {stage_name} is frozen, so a block in it could never train. Lower freeze_at "
+            f"(config key MODEL.BACKBONE.FREEZE_AT) or choose a later stage."
         )
 
-    children = dict(stage.named_children())
-    for name in children:
-        delattr(stage, name)
-    for name, child in children.items():
-        stage.add_module(name, child)
-        if child in residual_blocks and (i := residual_blocks.index(child)) in positions:
-            block = NonLocalBlock(child.out_channels, **block_options)
-            stage.add_module(f"non_local{i}", block.to(first_parameter))
+    names = [name for name, child in stage.named_children() if child in residual_blocks]
+    for i in positions:
+        block = NonLocalBlock(residual_blocks[i].out_channels, **block_options)
+        insert_after(stage, names[i], f"non_local{i}", block.to(next(stage.parameters())))
 
 
 def _residual_blocks(stage: nn.Module) -> list[CNNBlockBase]:

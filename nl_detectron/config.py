@@ -10,25 +10,24 @@ from detectron2.config import CfgNode
 
 STAGES = ("res2", "res3", "res4", "res5")
 
-
 _DEFAULTS: dict[str, Any] = {
     # gaussian, embedded_gaussian, dot_product or concatenation
     "PAIRWISE": "embedded_gaussian",
     # in_channels / inner_channels
     "REDUCTION": 2,
-    # Multiply the affinity of embedded_gaussian by inner_channels ** -0.5. False is the paper's text, True
-    # its released code.
+    # Multiply the affinity of embedded_gaussian by inner_channels ** -0.5. False is the paper's
+    # text, True its released code.
     "SCALE": True,
-    # Stride of the max-pooling of the keys in the backbone's blocks; 1 is off. The paper's "less than 5 %
-    # more computation" needs 2.
+    # Stride of the max-pooling of the keys in the backbone's blocks; 1 is off. The paper's "less
+    # than 5 % more computation" needs 2.
     "SUBSAMPLE": 2,
     # before_conv (released code) or after_conv (the paper's text)
     "SUBSAMPLE_POSITION": "before_conv",
-    # Norm after the output convolution of the backbone's blocks: "", BN, SyncBN or GN. Independent of
-    # RESNETS.NORM, whose FrozenBN would keep a block at the identity for ever.
+    # Norm after the output convolution of the backbone's blocks: "", BN, SyncBN or GN. Independent
+    # of RESNETS.NORM, whose FrozenBN would keep a block at the identity for ever.
     "NORM": "",
-    # By stage, the residual blocks to put a non-local block after; 0-based, negative from the end. (-2,) is
-    # "right before the last residual block" for every depth.
+    # By stage, the residual blocks to put a non-local block after; 0-based, negative from the end.
+    # (-2,) is "right before the last residual block" for every depth.
     "AFTER_BLOCKS": {"RES2": (), "RES3": (), "RES4": (-2,), "RES5": ()},
     "KEYPOINT_HEAD": {
         # The convolutions conv_fcnN of the head to put a non-local block after; 1-based as there.
@@ -41,15 +40,15 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def add_non_local_config(cfg: CfgNode) -> None:
-    """Add ``MODEL.NON_LOCAL`` with its defaults to a detectron2 config; a second call changes nothing.
+    """Add ``MODEL.NON_LOCAL`` with its defaults to a detectron2 config, once.
 
-    The node does nothing until ``MODEL.BACKBONE.NAME`` or ``MODEL.ROI_KEYPOINT_HEAD.NAME`` selects a
-    builder of this package. No other key is touched.
+    The node does nothing until ``MODEL.BACKBONE.NAME`` or ``MODEL.ROI_KEYPOINT_HEAD.NAME`` selects
+    a builder of this package. No other key is touched.
     """
     if "NON_LOCAL" not in cfg.MODEL:
         cfg.MODEL.NON_LOCAL = CfgNode(copy.deepcopy(_DEFAULTS))
-        # A misspelt key in a YAML file is refused when the model is built, with the nearest name; yacs
-        # itself would only say that it does not exist.
+        # A misspelt key in a YAML file is refused when the model is built, with the nearest name;
+        # yacs itself would only say that it does not exist.
         cfg.MODEL.NON_LOCAL.set_new_allowed(True)
 
 
@@ -85,8 +84,8 @@ def _shared_options(node: CfgNode) -> dict[str, Any]:
 def _node(cfg: CfgNode) -> CfgNode:
     if "NON_LOCAL" not in cfg.MODEL:
         raise KeyError(
-            "MODEL.NON_LOCAL is missing: call nl_detectron.add_non_local_config(cfg) after get_cfg(), or set "
-            "the environment variable DETECTRON2_ENV_MODULE=nl_detectron.env"
+            "MODEL.NON_LOCAL is missing: call nl_detectron.add_non_local_config(cfg) after "
+            "get_cfg(), or set the environment variable DETECTRON2_ENV_MODULE=nl_detectron.env"
         )
     node = cfg.MODEL.NON_LOCAL
     _check_keys("MODEL.NON_LOCAL", node, _DEFAULTS)
@@ -100,5 +99,6 @@ def _check_keys(path: str, node: CfgNode, known: dict[str, Any]) -> None:
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise ValueError(
-                f"unknown config key {path}.{key}, did you mean {nearest}? Allowed: {', '.join(known)}"
+                f"unknown config key {path}.{key}, did you mean {nearest}? "
+                f"Allowed: {', '.join(known)}"
             )

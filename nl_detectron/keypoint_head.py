@@ -13,7 +13,7 @@ from detectron2.structures import Instances
 from torch import Tensor
 
 from nl_detectron.config import keypoint_head_options
-from nl_detectron.non_local import NonLocalBlock
+from nl_detectron.non_local import NonLocalBlock, insert_after
 
 
 @ROI_KEYPOINT_HEAD_REGISTRY.register()
@@ -41,8 +41,10 @@ class NonLocalKeypointHead(KRCNNConvDeconvUpsampleHead):
             input_shape: shape of the RoI features.
             num_keypoints: J, keypoints per instance.
             conv_dims: output channels of each convolution.
-            after_convs: numbers of the convolutions to insert a block after, 1-based as in ``conv_fcn1``.
-            block_options: arguments of :class:`~nl_detectron.NonLocalBlock`, the same for all blocks.
+            after_convs: numbers of the convolutions to insert a block after, 1-based as in
+                ``conv_fcn1``.
+            block_options: arguments of :class:`~nl_detectron.NonLocalBlock`, the same for all
+                blocks.
             kwargs: arguments of the stock head (``loss_weight``, ``loss_normalizer``).
 
         Raises:
@@ -52,38 +54,31 @@ class NonLocalKeypointHead(KRCNNConvDeconvUpsampleHead):
         allowed = range(1, len(conv_dims) + 1)
         if len(set(after_convs)) < len(after_convs) or not set(after_convs) <= set(allowed):
             raise ValueError(
-                "after_convs (config key KEYPOINT_HEAD.AFTER_CONVS) must be distinct numbers from 1 to "
-                f"{len(conv_dims)}, the number of convolutions, got {tuple(after_convs)}"
+                "after_convs (config key KEYPOINT_HEAD.AFTER_CONVS) must be distinct numbers from "
+                f"1 to {len(conv_dims)}, the number of convolutions, got {tuple(after_convs)}"
             )
-        # The stock __init__ ends by initialising every parameter, so blocks come after it; the head is a
-        # Sequential, so the order of its children is the order of execution.
-        children = dict(self.named_children())
-        for name in children:
-            delattr(self, name)
-        for name, child in children.items():
-            self.add_module(name, child)
-            number = name.removeprefix("conv_fcn_relu")
-            if number in map(str, after_convs):
-                block = NonLocalBlock(conv_dims[int(number) - 1], **(block_options or {}))
-                self.add_module(f"non_local{number}", block)
+        # Only now: the stock __init__ ends by initialising every parameter of the head.
+        for number in after_convs:
+            block = NonLocalBlock(conv_dims[number - 1], **(block_options or {}))
+            insert_after(self, f"conv_fcn_relu{number}", f"non_local{number}", block)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
         """Read the stock head's keys and ``MODEL.NON_LOCAL``."""
         return {**super().from_config(cfg, input_shape), **keypoint_head_options(cfg)}
 
-    def forward(
-        self, x: Tensor, instances: list[Instances]
-    ) -> dict[str, Tensor] | list[Instances]:
+    def forward(self, x: Tensor, instances: list[Instances]) -> dict[str, Tensor] | list[Instances]:
         """Stock forward on RoI features (R, C, 14, 14), with a check of the targets in training.
 
         Raises:
-            ValueError: the targets have another number of keypoints than the head; the stock head trains on
-                garbage then.
+            ValueError: the targets have another number of keypoints than the head. (The stock head
+                trains on garbage then.)
         """
         if self.training:
             for targets in instances:
-                number = targets.gt_keypoints.tensor.shape[1] if len(targets) else self.num_keypoints
+                number = (
+                    targets.gt_keypoints.tensor.shape[1] if len(targets) else self.num_keypoints
+                )
                 if number != self.num_keypoints:
                     raise ValueError(
                         f"num_keypoints (config key MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS) is "

@@ -27,8 +27,9 @@ class NonLocalBlock(CNNBlockBase):
     It is the identity when new, so it can be put into a pretrained network: with ``norm=""`` the
     output convolution starts at zero, otherwise the scale of the norm after it does.
 
-    Differs from mmcv: keys are pooled before the convolutions by default, as in the paper's released
-    code (its text, and mmcv, pool after them), and ``conv_out`` keeps its bias beside a norm.
+    Differs from mmcv: keys are pooled before the convolutions by default, as in the paper's
+    released code (its text, and mmcv, pool after them), and ``conv_out`` keeps its bias beside a
+    norm.
     """
 
     def __init__(
@@ -49,12 +50,14 @@ class NonLocalBlock(CNNBlockBase):
         Args:
             in_channels: C, also the number of output channels.
             dim: number of axes of the map besides N and C: 1, 2 or 3.
-            pairwise: form of f, one of :data:`nl_detectron.ops.PAIRWISE`. ``gaussian`` has no theta and
-                phi; ``concatenation`` has ``concat_project``, the paper's w_f, beside them.
+            pairwise: form of f, one of :data:`nl_detectron.ops.PAIRWISE`. ``gaussian`` has no theta
+                and phi; ``concatenation`` has ``concat_project``, the paper's w_f, beside them.
             reduction: C / D.
             scale: multiply the affinity by D ** -0.5; read by ``embedded_gaussian`` alone.
-            subsample: stride of the max-pooling of the keys in space, 1 for none. Time is never pooled.
-            subsample_position: ``before_conv`` pools x once for phi and g, ``after_conv`` pools both.
+            subsample: stride of the max-pooling of the keys in space, 1 for none. Time is never
+                pooled.
+            subsample_position: ``before_conv`` pools x once for phi and g, ``after_conv`` pools
+                both.
             norm: norm after ``conv_out``: "", "BN", "SyncBN" or "GN".
             axes: the set over which j runs in a 3-D map: all positions, those of the same frame
                 ("space"), or the same place in all frames ("time").
@@ -69,17 +72,21 @@ class NonLocalBlock(CNNBlockBase):
         _check("axes", axes, AXES if dim == 3 else AXES[:1])
         if norm == "FrozenBN":
             raise ValueError(
-                "norm 'FrozenBN' would freeze a new block as the identity for ever, because its zero scale "
-                f"is not a parameter; use one of {NORMS}. The norm of the backbone is not affected."
+                "norm 'FrozenBN' would keep a new block at the identity for ever, because its zero "
+                f"scale is not a parameter; use one of {NORMS}. The norm of the backbone is another key."
             )
         _check("norm", norm, NORMS)
         for name, value in (("reduction", reduction), ("subsample", subsample)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
         if axes == "time" and subsample > 1:
-            raise ValueError(f"axes 'time' has no space to pool: subsample must be 1, got {subsample}")
+            raise ValueError(
+                f"axes 'time' has no space to pool: subsample must be 1, got {subsample}"
+            )
         if norm == "GN" and in_channels % 32:
-            raise ValueError(f"norm 'GN' has 32 groups: in_channels must be a multiple, got {in_channels}")
+            raise ValueError(
+                f"norm 'GN' has 32 groups: in_channels must be a multiple, got {in_channels}"
+            )
 
         self.dim = dim
         self.pairwise = pairwise
@@ -90,7 +97,9 @@ class NonLocalBlock(CNNBlockBase):
         self.inner_channels = inner_channels = max(in_channels // reduction, 1)
 
         conv = _CONV[dim]
-        if pairwise != "gaussian":
+        if pairwise == "gaussian":
+            self.theta, self.phi = nn.Identity(), nn.Identity()
+        else:
             self.theta = conv(in_channels, inner_channels, 1)
             self.phi = conv(in_channels, inner_channels, 1)
         self.g = conv(in_channels, inner_channels, 1)
@@ -109,7 +118,7 @@ class NonLocalBlock(CNNBlockBase):
         nn.init.zeros_(self.conv_out.weight if self.norm is None else self.norm.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add to every position what it gathers from the others; map in, map of the same shape out."""
+        """Add to every position what it gathers from the others; map in, map of that shape out."""
         theta, phi, g = self._embed(x)
         if self.pairwise == "gaussian":
             y = ops.gaussian(theta, phi, g)
@@ -129,22 +138,21 @@ class NonLocalBlock(CNNBlockBase):
         """The explicit attention matrix of the block for the map x.
 
         Returns:
-            (N, Q, K), positions in row-major order, K after subsampling. With ``axes="space"`` N counts
-            frames (N * T of them), with "time" it counts places (N * H * W).
+            (N, Q, K), positions in row-major order, K after subsampling. With ``axes="space"`` N
+            counts frames (N * T of them), with "time" it counts places (N * H * W).
         """
         theta, phi, _ = self._embed(x)
         w_f = self.concat_project.weight.flatten() if self.pairwise == "concatenation" else None
         return ops.attention(theta, phi, pairwise=self.pairwise, scale=self.scale, w_f=w_f)
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Map -> theta (N, Q, D), phi (N, K, D), g (N, K, D); "gaussian" has C for the first two D."""
+        """Map -> theta (N, Q, D), phi (N, K, D), g (N, K, D); D is C in a Gaussian theta, phi."""
+        theta = self.theta(x)
         if self.subsample_position == "before_conv":
             keys = self._pool(x)
-            phi, g = (keys if self.pairwise == "gaussian" else self.phi(keys)), self.g(keys)
+            phi, g = self.phi(keys), self.g(keys)
         else:
-            phi, g = (x if self.pairwise == "gaussian" else self.phi(x)), self.g(x)
-            phi, g = self._pool(phi), self._pool(g)
-        theta = x if self.pairwise == "gaussian" else self.theta(x)
+            phi, g = self._pool(self.phi(x)), self._pool(self.g(x))
         return self._to_rows(theta), self._to_rows(phi), self._to_rows(g)
 
     def _pool(self, x: Tensor) -> Tensor:
@@ -175,6 +183,22 @@ class NonLocalBlock(CNNBlockBase):
         return rows.reshape(n, h, w, channels, t).permute(0, 3, 4, 1, 2)
 
 
+def insert_after(parent: nn.Module, after: str, name: str, module: nn.Module) -> None:
+    """Insert a named child into a module that runs its children in order, behind the child ``after``.
+
+    The other children keep their names, and with them their keys in checkpoints.
+    """
+    children = dict(parent.named_children())
+    for child_name in children:
+        delattr(parent, child_name)
+    for child_name, child in children.items():
+        parent.add_module(child_name, child)
+        if child_name == after:
+            parent.add_module(name, module)
+
+
 def _check(name: str, value: object, allowed: tuple) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} (config key {name.upper()}) must be one of {allowed}, got {value!r}")
+        raise ValueError(
+            f"{name} (config key {name.upper()}) must be one of {allowed}, got {value!r}"
+        )

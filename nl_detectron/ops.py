@@ -1,9 +1,9 @@
-"""The non-local operation, y_i = 1/C(x) sum_j f(x_i, x_j) g(x_j), with the paper's four pairwise functions f.
+"""The non-local operation, y_i = 1/C(x) sum_j f(x_i, x_j) g(x_j), in the paper's four forms of f.
 
-Every function takes positions as rows, as the paper writes them: ``theta`` holds theta(x_i) for each
-query i, ``phi`` and ``g`` hold phi(x_j) and g(x_j) for each key j. Transposed views of a channels-first
-map serve as well as copies. One function per form computes y; :func:`attention` gives the explicit
-matrix f / C(x), for pictures and for tests.
+Positions are rows, as the paper writes them: ``theta`` holds theta(x_i) for
+each query i, ``phi`` and ``g`` hold phi(x_j) and g(x_j) for each key j. Transposed views of a
+channels-first map serve as well as copies. One function per form computes y; :func:`attention`
+gives the explicit matrix f / C(x), for pictures and for tests.
 
 Shapes: N batch, Q queries, K keys, D inner width of theta and phi, E width of g.
 
@@ -110,7 +110,8 @@ def attention(
 ) -> Tensor:
     """The matrix f(x_i, x_j) / C(x) that the operation multiplies with g, spelt out.
 
-    It holds Q x K floats per sample: 1.1 GB in float32 for an unsampled res3 map of an 800 x 1333 image.
+    It holds Q x K floats per sample: 1.1 GB in float32 for an unsampled res3 map of an 800 x 1333
+    image.
 
     Args:
         theta: queries, (N, Q, D).
