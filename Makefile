@@ -1,0 +1,53 @@
+# make demo         train and show the long-range demonstration
+# make test         lint, types and the fast tests
+# make test-slow    the tests marked slow
+# make lint         ruff and mypy alone
+# make env          only the environment
+#
+# Everything runs in an environment that is made on first use and then kept:
+#   make test               .venv
+#   make test VENV=path     another one
+#   make test VENV=         the one that is active (`python` on the PATH)
+# constraints.txt decides the versions that are installed, in all three. PYTHON=path chooses the
+# interpreter that a new environment is made with.
+
+VENV = .venv
+PYTHON = $(shell python3.11 -c '' 2> /dev/null && echo python3.11 || echo python3)
+
+ifeq ($(strip $(VENV)),)
+  override VENV := $(shell python -c 'import sys; print(sys.prefix)')
+endif
+RUN = $(VENV)/bin/python
+INSTALL = $(RUN) -m pip install --quiet --constraint constraints.txt
+READY = $(VENV)/.nl_detectron_ready
+
+.PHONY: demo test test-slow lint env clean
+
+demo: env
+	$(RUN) projects/long_range/demo.py
+
+test: lint
+	$(RUN) -m pytest
+
+test-slow: env
+	$(RUN) -m pytest -m slow
+
+lint: env
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m mypy
+
+env: $(READY)
+
+$(READY): setup.py constraints.txt tools/install_detectron2.py | $(RUN)
+	$(INSTALL) torch torchvision
+	$(RUN) tools/install_detectron2.py
+	$(INSTALL) --editable '.[dev]'
+	touch $@
+
+$(RUN):
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find nl_detectron projects tests tools -name __pycache__ -type d -exec rm -rf {} +
