@@ -102,7 +102,7 @@ setup(
         "setuptools<81",
     ],
 )
-'''
+"""
 
 # Only later commits have detectron2.tracking; __version__ is "0.6" for them and for the tag.
 PROBE = """
@@ -185,9 +185,7 @@ def git_refusal() -> str:
     command = ["git", "ls-remote", "--quiet", REPOSITORY, "HEAD"]
     env = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
     try:
-        done = subprocess.run(
-            command, env=env, capture_output=True, text=True, timeout=GIT_TIMEOUT
-        )
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=GIT_TIMEOUT)
     except subprocess.TimeoutExpired:
         return f"no answer in {GIT_TIMEOUT} seconds"
     return last_line(done.stderr) if done.returncode else ""
