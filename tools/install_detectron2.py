@@ -150,7 +150,7 @@ def last_line(text: str) -> str:
 
 def find_detectron2() -> tuple[dict | None, str]:
     """What the detectron2 of this environment is, or None and why it does not work."""
-    done = run_python(CHECK + PROBE)
+    done = run_python(PROBE + CHECK)
     if done.returncode:
         return None, last_line(done.stderr)
     return json.loads(last_line(done.stdout)), ""

@@ -1,0 +1,258 @@
+"""Packaging and the detectron2 installer; nothing here needs a network."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load_installer():
+    path = ROOT / "tools" / "install_detectron2.py"
+    spec = importlib.util.spec_from_file_location("install_detectron2", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def installer():
+    return load_installer()
+
+
+@pytest.fixture
+def idle_installer(installer, monkeypatch):
+    """An installer that finds nothing installed and fails the test if it would run pip."""
+
+    def pip(*arguments):
+        pytest.fail(f"ran pip {arguments}")
+
+    monkeypatch.setattr(installer, "pip", pip)
+    monkeypatch.setattr(installer, "check_tools", lambda: None)
+    monkeypatch.setattr(installer, "find_detectron2", lambda: (None, "not there"))
+    return installer
+
+
+def write(folder, files):
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+# --- the plan
+
+
+def test_dry_run_of_index_names_upload_hash_and_every_edited_file(idle_installer, capsys):
+    idle_installer.main(["--source", "index", "--dry-run"])
+    out = capsys.readouterr().out
+    assert "pb1-detectron2==0.6" in out
+    assert "5d2e9e51e523ec72f6a31cca04b0a515492e9514b773a3d134cedc0677170b29" in out
+    for path in ("layers/deform_conv.py", "evaluation/fast_eval_api.py", "structures/masks.py"):
+        assert path in out
+
+
+def test_dry_run_of_upstream_names_the_commit(idle_installer, monkeypatch, capsys):
+    monkeypatch.setattr(idle_installer, "git_refusal", lambda: "")
+    idle_installer.main(["--dry-run"])
+    assert "detectron2.git@02b5c4e295e990042a714712c21dc79b731e8833" in capsys.readouterr().out
+
+
+def test_auto_takes_index_and_says_why_when_git_host_is_out_of_reach(
+    idle_installer, monkeypatch, capsys
+):
+    monkeypatch.setenv("PATH", "")
+    idle_installer.main(["--dry-run"])
+    out = capsys.readouterr().out
+    assert "cannot be read (git is not installed)" in out
+    assert "pb1-detectron2" in out
+
+
+def test_upstream_out_of_reach_is_an_error(idle_installer, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(idle_installer.InstallError, match="--source index"):
+        idle_installer.main(["--source", "upstream", "--dry-run"])
+
+
+def test_auto_keeps_a_working_detectron2(idle_installer, monkeypatch, capsys):
+    found = {"newer": True, "compiled": True, "folder": "here"}
+    monkeypatch.setattr(idle_installer, "find_detectron2", lambda: (found, ""))
+    idle_installer.main([])
+    assert capsys.readouterr().out.startswith("kept: detectron2 (newer than the tag v0.6, with")
+
+
+def test_unknown_source_is_refused(installer, capsys):
+    with pytest.raises(SystemExit) as error:
+        installer.main(["--source", "elsewhere"])
+    assert error.value.code == 2
+    assert "'elsewhere'" in capsys.readouterr().err
+
+
+def test_missing_torch_is_one_sentence_and_a_failure(tmp_path, monkeypatch):
+    write(tmp_path, {"torch.py": "raise ImportError('no torch today')"})
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    command = [sys.executable, str(ROOT / "tools" / "install_detectron2.py"), "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "torch and torchvision must be installed first" in done.stderr
+    assert "no torch today" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_missing_pip_is_one_sentence(installer, tmp_path, monkeypatch):
+    write(tmp_path, {"pip.py": "raise ImportError('no pip today')"})
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(installer.InstallError, match="has no pip"):
+        installer.check_tools()
+
+
+# --- the source
+
+
+def test_edit_changes_whole_words_and_nothing_else(installer, tmp_path):
+    write(tmp_path, {"a.py": "x = np.int\ny = np.int64 + np.int_\nz = np.int\n"})
+    installer.apply_edit(tmp_path, installer.Edit("a.py", "np.int", "int", 2))
+    assert (tmp_path / "a.py").read_text() == "x = int\ny = np.int64 + np.int_\nz = int\n"
+
+
+@pytest.mark.parametrize("text", ["", "np.int\n", "np.int\n" * 3])
+def test_edit_fails_with_the_file_name_when_text_is_not_as_expected(installer, tmp_path, text):
+    write(tmp_path, {"a.py": text})
+    with pytest.raises(installer.InstallError, match=r"a\.py: expected 'np\.int' 2 times"):
+        installer.apply_edit(tmp_path, installer.Edit("a.py", "np.int", "int", 2))
+    assert (tmp_path / "a.py").read_text() == text
+
+
+def test_guarded_import_gives_none_without_the_compiled_part(installer):
+    scope = {}
+    exec(installer.TRY_IMPORT_C.replace("detectron2", "json"), scope)
+    assert scope["_C"] is None
+
+
+def test_upload_with_another_hash_is_refused(installer, tmp_path, monkeypatch, capfd):
+    write(tmp_path, {"setup.py": "raise SystemExit('an unverified setup.py was run')"})
+    index = tmp_path / "index"
+    index.mkdir()
+    with tarfile.open(index / "pb1-detectron2-0.6.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "setup.py", "pb1-detectron2-0.6/setup.py")
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    target = tmp_path / "target"
+    target.mkdir()
+    with pytest.raises(installer.InstallError, match="`pip download` failed"):
+        installer.fetch_index_source(target)
+    output = capfd.readouterr()
+    assert "DO NOT MATCH THE HASHES" in output.err
+    assert "unverified" not in output.out + output.err
+
+
+# --- the probe
+
+
+@pytest.mark.parametrize("newer", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_probe_tells_tag_from_newer_and_compiled_from_pure(
+    installer, tmp_path, monkeypatch, newer, compiled
+):
+    files = {"torch.py": "", "detectron2/__init__.py": "__version__ = '0.6'"}
+    if newer:
+        files["detectron2/tracking/__init__.py"] = ""
+    if compiled:
+        files["detectron2/_C.py"] = ""
+    write(tmp_path, files)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = installer.run_python(installer.PROBE)
+    found = json.loads(done.stdout)
+    assert found == {
+        "newer": newer,
+        "compiled": compiled,
+        "folder": str(tmp_path / "detectron2"),
+    }
+    words = installer.describe(found)
+    assert ("newer than" in words) == newer
+    assert ("without its compiled part" in words) != compiled
+
+
+@pytest.mark.slow
+def test_detectron2_of_this_environment_works(installer):
+    found, why_not = installer.find_detectron2()
+    assert found, why_not
+
+
+def test_broken_detectron2_is_not_taken_for_a_working_one(installer, tmp_path, monkeypatch):
+    write(tmp_path, {"detectron2.py": "raise AttributeError('np.bool is gone')"})
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found, why_not = installer.find_detectron2()
+    assert found is None
+    assert why_not == "AttributeError: np.bool is gone"
+
+
+# --- packaging
+
+
+@pytest.fixture(scope="module")
+def metadata(tmp_path_factory):
+    """What setup.py declares, read where importing torch or detectron2 fails."""
+    folder = tmp_path_factory.mktemp("no_torch")
+    write(folder, dict.fromkeys(("torch.py", "detectron2.py"), "raise ImportError"))
+    code = (
+        "import json, setuptools; from distutils.core import run_setup\n"
+        "d = run_setup('setup.py', stop_after='init')\n"
+        "print(json.dumps([d.metadata.version, d.packages, d.install_requires, d.extras_require]))"
+    )
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(folder)!r})\n{code}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    keys = ("version", "packages", "install_requires", "extras_require")
+    return dict(zip(keys, json.loads(done.stdout)))
+
+
+def names(requirements):
+    """Project names of requirement strings, in the one spelling that indexes compare."""
+    found = (re.match(r"[\w.-]+", requirement).group() for requirement in requirements)
+    return {re.sub(r"[-_.]+", "-", name).lower() for name in found}
+
+
+def test_setup_needs_neither_torch_nor_detectron2_to_run(metadata):
+    import nl_detectron
+
+    assert metadata["version"] == nl_detectron.__version__
+    assert "nl_detectron" in metadata["packages"]
+    assert all(package.split(".")[0] == "nl_detectron" for package in metadata["packages"])
+
+
+def test_detectron2_is_not_asked_of_the_index(metadata):
+    assert "detectron2" not in names(metadata["install_requires"])
+
+
+def test_every_direct_dependency_is_pinned_once(installer, metadata):
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
+    assert len(names(pins)) == len(pins)
+    block = re.search(r"install_requires=\[(.*?)\]", installer.SETUP, re.DOTALL).group(1)
+    needed = metadata["install_requires"] + metadata["extras_require"]["dev"]
+    needed += re.findall(r'"(.+?)"', block) + ["torch", "torchvision", "opencv-python-headless"]
+    assert names(needed) <= names(pins)
+
+
+def test_stock_launcher_is_not_shadowed_by_our_tools_folder():
+    """`python -m tools.train_net` from the repository root is detectron2's, not ours."""
+    code = "import importlib.util as u; print(u.find_spec('tools.train_net').origin)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ROOT / "tools" not in Path(done.stdout.strip()).parents
+
+
+@pytest.mark.parametrize("target", ["lint", "test", "demo"])
+def test_make_fails_when_a_command_fails(target, tmp_path):
+    ready = tmp_path / "ready"
+    ready.touch()
+    command = ["make", target, "RUN=/bin/false", f"READY={ready}"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode != 0
