@@ -1,0 +1,100 @@
+"""The paper's equations as slow loops, one pair of positions at a time.
+
+Nothing of the package is imported here: these are what it is compared with.
+
+Shapes: Q queries, K keys, D inner width, C channels. Paper: `Non-local Neural Networks`,
+https://arxiv.org/abs/1711.07971
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+
+def response(theta_i: Tensor, phi: Tensor, g: Tensor, pairwise: str, scale=True, w_f=None):
+    """y_i, Eq. 1, of one query over the keys phi (K, D) with values g (K, E)."""
+    y = g.new_zeros(g.shape[1])
+    if len(g) == 0:
+        return y
+    if pairwise in ("gaussian", "embedded_gaussian"):  # Eq. 2 and 3
+        # D ** -0.5 is the released code's. f and C(x) share any factor: exp(-max) keeps exp finite.
+        factor = len(theta_i) ** -0.5 if scale and pairwise == "embedded_gaussian" else 1
+        affinity = [theta_i @ phi_j * factor for phi_j in phi]
+        f = [torch.exp(a - max(affinity)) for a in affinity]
+        c = sum(f)
+    elif pairwise == "dot_product":  # Eq. 4
+        f = [theta_i @ phi_j for phi_j in phi]
+        c = len(f)
+    else:  # Eq. 5
+        f = [torch.relu(w_f @ torch.cat([theta_i, phi_j])) for phi_j in phi]
+        c = len(f)
+    for f_j, g_j in zip(f, g):
+        y = y + f_j / c * g_j
+    return y
+
+
+def operation(theta, phi, g, pairwise: str, scale=True, w_f=None, key_mask=None) -> Tensor:
+    """Eq. 1 for theta (N, Q, D), phi (N, K, D), g (N, K, E); a masked key is a key left out."""
+    y = g.new_zeros(*theta.shape[:2], g.shape[2])
+    for n, i in itertools.product(range(theta.shape[0]), range(theta.shape[1])):
+        keys = torch.ones(g.shape[1], dtype=torch.bool) if key_mask is None else key_mask[n]
+        y[n, i] = response(theta[n, i], phi[n][keys], g[n][keys], pairwise, scale, w_f)
+    return y
+
+
+def conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A convolution with a kernel of size 1 on a map: a matrix multiply at every position."""
+    y = x.new_zeros(x.shape[0], weight.shape[0], *x.shape[2:])
+    for n, *place in itertools.product(range(x.shape[0]), *map(range, x.shape[2:])):
+        y[(n, slice(None), *place)] = weight.flatten(1) @ x[(n, slice(None), *place)] + bias
+    return y
+
+
+def max_pool(x: Tensor, stride: int) -> Tensor:
+    """Max over stride ** 2 places, never over time; what is left over at the border is dropped."""
+    sizes = list(x.shape[2:])
+    strides = [min(stride, size) for size in sizes]
+    if len(sizes) == 3:
+        strides[0] = 1
+    pooled = x.new_zeros(*x.shape[:2], *[size // s for size, s in zip(sizes, strides)])
+    for place in itertools.product(*map(range, pooled.shape[2:])):
+        window = [slice(p * s, (p + 1) * s) for p, s in zip(place, strides)]
+        pooled[(..., *place)] = x[(slice(None), slice(None), *window)].flatten(2).amax(dim=2)
+    return pooled
+
+
+def block(
+    x: Tensor,
+    weights: dict[str, Tensor],
+    pairwise: str,
+    scale=True,
+    subsample=1,
+    subsample_position="before_conv",
+    axes="spacetime",
+) -> Tensor:
+    """z = W_z y + x, Eq. 6, for a map x of any dimension; ``weights`` is a state dict."""
+
+    def embed(name: str, x: Tensor) -> Tensor:
+        if pairwise == "gaussian" and name in ("theta", "phi"):
+            return x
+        return conv(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    theta = embed("theta", x)
+    if subsample_position == "before_conv":
+        pooled = max_pool(x, subsample)
+        phi, g = embed("phi", pooled), embed("g", pooled)
+    else:
+        phi, g = max_pool(embed("phi", x), subsample), max_pool(embed("g", x), subsample)
+    w_f = weights["concat_project.weight"].flatten() if pairwise == "concatenation" else None
+
+    y = x.new_zeros(x.shape[0], g.shape[1], *x.shape[2:])
+    for n, *i in itertools.product(range(x.shape[0]), *map(range, x.shape[2:])):
+        keys = {"spacetime": (...,), "space": (i[0], ...), "time": (..., *i[1:])}[axes]
+        phi_i = phi[n][(slice(None), *keys)].flatten(1).T
+        g_i = g[n][(slice(None), *keys)].flatten(1).T
+        theta_i = theta[(n, slice(None), *i)]
+        y[(n, slice(None), *i)] = response(theta_i, phi_i, g_i, pairwise, scale, w_f)
+    return x + conv(y, weights["conv_out.weight"], weights["conv_out.bias"])

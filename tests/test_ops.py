@@ -1,0 +1,307 @@
+"""The operation against loops, hand calculations, and the identities of its four forms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nl_detectron import ops
+from tests import oracles
+
+# (pairwise, scale); scale is the business of one form alone
+FORMS = [
+    ("gaussian", True),
+    ("embedded_gaussian", True),
+    ("embedded_gaussian", False),
+    ("dot_product", True),
+    ("concatenation", True),
+]
+IDS = [
+    "gaussian",
+    "embedded_gaussian",
+    "embedded_gaussian_unscaled",
+    "dot_product",
+    "concatenation",
+]
+forms = pytest.mark.parametrize("form", FORMS, ids=IDS)
+GAUSSIAN_FORMS = ("gaussian", "embedded_gaussian")
+
+
+def operate(form, theta, phi, g, w_f, key_mask=None):
+    """The package's operation."""
+    pairwise, scale = form
+    if pairwise == "gaussian":
+        return ops.gaussian(theta, phi, g, key_mask=key_mask)
+    if pairwise == "embedded_gaussian":
+        return ops.embedded_gaussian(theta, phi, g, scale=scale, key_mask=key_mask)
+    if pairwise == "dot_product":
+        return ops.dot_product(theta, phi, g, key_mask=key_mask)
+    return ops.concatenation(theta, phi, g, w_f, key_mask=key_mask)
+
+
+def attend(form, theta, phi, w_f, key_mask=None):
+    """The package's attention matrix."""
+    pairwise, scale = form
+    w_f = w_f if pairwise == "concatenation" else None
+    return ops.attention(theta, phi, pairwise=pairwise, scale=scale, w_f=w_f, key_mask=key_mask)
+
+
+def expect(form, theta, phi, g, w_f, key_mask=None):
+    """The oracle's operation, in float64."""
+    args = (t.double() for t in (theta, phi, g))
+    return oracles.operation(*args, *form, w_f=w_f.double(), key_mask=key_mask)
+
+
+def sample(n=2, q=3, k=5, d=7, e=11, dtype=torch.float64, device="cpu"):
+    shapes = [(n, q, d), (n, k, d), (n, k, e), (2 * d,)]
+    return [torch.randn(shape, dtype=dtype, device=device) for shape in shapes]
+
+
+def masked_sample():
+    """A sample, and a mask that differs between its two maps."""
+    mask = torch.tensor([[True, False, True, True, False], [False, False, False, True, False]])
+    return *sample(), mask
+
+
+# By hand. One query, two keys, f = 1 and 3 or as said; g = 4 and 8.
+LN3 = math.log(3)
+BY_HAND = {
+    # f = exp(0), exp(ln 3); C = 4
+    "gaussian": (("gaussian", True), [1], [[0], [LN3]], 1 / 4 * 4 + 3 / 4 * 8),
+    # theta . phi = 0, 2 ln 3; D ** -0.5 = 1/2
+    "scaled": (
+        ("embedded_gaussian", True),
+        [1, 1, 1, 1],
+        [[0, 0, 0, 0], [2 * LN3, 0, 0, 0]],
+        1 / 4 * 4 + 3 / 4 * 8,
+    ),
+    # f = exp(0), exp(2 ln 3) = 9; C = 10
+    "unscaled": (
+        ("embedded_gaussian", False),
+        [1, 1, 1, 1],
+        [[0, 0, 0, 0], [2 * LN3, 0, 0, 0]],
+        1 / 10 * 4 + 9 / 10 * 8,
+    ),
+    # f = 2, 6; C = 2
+    "dot_product": (("dot_product", True), [2], [[1], [3]], (2 * 4 + 6 * 8) / 2),
+    # w_f = (1, -1): f = relu(2 - 1), relu(2 - 3); C = 2
+    "concatenation": (("concatenation", True), [2], [[1], [3]], (1 * 4 + 0 * 8) / 2),
+}
+
+
+@pytest.mark.parametrize(("form", "theta", "phi", "y"), BY_HAND.values(), ids=BY_HAND)
+def test_by_hand(form, theta, phi, y):
+    theta, phi = torch.tensor([[theta]]).double(), torch.tensor([phi]).double()
+    g, w_f = torch.tensor([[[4.0], [8.0]]]).double(), torch.tensor([1.0, -1.0]).double()
+    assert_close(operate(form, theta, phi, g, w_f), torch.tensor([[[y]]]).double())
+
+
+# The last two make dot_product take one and the other order of its multiplications.
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7, 11), (3, 11, 7, 5, 2), (2, 1, 1, 3, 5)])
+@forms
+def test_oracle(form, shape, device):
+    args = sample(*shape, device=device)
+    assert_close(operate(form, *args), expect(form, *args))
+    y = operate(form, *(t.float() for t in args))
+    assert_close(y, expect(form, *args).float(), atol=1e-4, rtol=1e-4)
+
+
+@settings(deadline=None, max_examples=25, derandomize=True)
+@given(
+    form=st.sampled_from(FORMS),
+    shape=st.tuples(*[st.integers(low, 6) for low in (0, 0, 0, 1, 1)]),
+    seed=st.integers(0, 999),
+)
+def test_oracle_for_any_shape_and_mask(form, shape, seed):
+    torch.manual_seed(seed)
+    args = sample(*shape)
+    mask = torch.rand(args[1].shape[:2]) > 0.5
+    assert_close(operate(form, *args), expect(form, *args))
+    assert_close(operate(form, *args, mask), expect(form, *args, mask))
+
+
+@forms
+def test_masked_keys_are_left_out(form):
+    theta, phi, g, w_f, mask = masked_sample()
+    y = operate(form, theta, phi, g, w_f, mask)
+    assert_close(y, expect(form, theta, phi, g, w_f, mask))
+    phi[~mask], g[~mask] = 1e3, -1e3
+    assert_close(operate(form, theta, phi, g, w_f, mask), y)
+    for n in range(2):
+        alone = (theta[n : n + 1], phi[n : n + 1, mask[n]], g[n : n + 1, mask[n]], w_f)
+        assert_close(operate(form, *alone), y[n : n + 1])
+
+
+@forms
+def test_without_keys_the_response_is_zero(form):
+    args = [t.requires_grad_() for t in sample()]
+    mask = torch.tensor([[False] * 5, [True] * 5])
+    y = operate(form, *args, mask)
+    assert_close(y[0], torch.zeros(3, 11).double())
+    assert_close(y[1], expect(form, *args)[1])
+    y.sum().backward()
+    for t in args:
+        assert t.grad is None or t.grad.isfinite().all()
+
+
+@forms
+def test_attention(form):
+    theta, phi, g, w_f, mask = masked_sample()
+    identity = torch.eye(5, dtype=torch.float64).expand(2, 5, 5)
+    attention = attend(form, theta, phi, w_f)
+    assert_close(attention, expect(form, theta, phi, identity, w_f))
+    assert_close(attention @ g, operate(form, theta, phi, g, w_f))
+    masked = attend(form, theta, phi, w_f, mask)
+    assert_close(masked, expect(form, theta, phi, identity, w_f, mask))
+    if form[0] in GAUSSIAN_FORMS:
+        assert_close(attention.sum(-1), torch.ones(2, 3).double())
+        assert_close(masked.sum(-1), torch.ones(2, 3).double())
+
+
+def test_attention_rejects():
+    theta, phi, *_ = sample()
+    with pytest.raises(ValueError, match="pairwise must be one of .*'dot_product'.* got 'softmax'"):
+        ops.attention(theta, phi, pairwise="softmax")
+    with pytest.raises(ValueError, match=r"needs w_f, a \(2D,\) tensor, got None"):
+        ops.attention(theta, phi, pairwise="concatenation")
+
+
+@forms
+def test_gradients(form):
+    args = [t.requires_grad_() for t in sample(2, 3, 5, 2, 3)]
+    mask = torch.tensor([[True, False, True, True, False], [False] * 5])
+    for key_mask in (None, mask):
+
+        def function(*args, key_mask=key_mask):
+            return operate(form, *args, key_mask)
+
+        assert torch.autograd.gradcheck(function, args)
+        # f of concatenation has no second derivative, but only where its ReLU bends.
+        assert torch.autograd.gradgradcheck(function, args)
+
+
+@forms
+def test_queries_are_equivariant_and_keys_invariant_to_their_order(form):
+    theta, phi, g, w_f, mask = masked_sample()
+    y = operate(form, theta, phi, g, w_f, mask)
+    order = torch.tensor([2, 0, 1])
+    assert_close(operate(form, theta[:, order], phi, g, w_f, mask), y[:, order])
+    order = torch.tensor([3, 0, 4, 2, 1])
+    assert_close(operate(form, theta, phi[:, order], g[:, order], w_f, mask[:, order]), y)
+
+
+@forms
+def test_equal_keys_give_the_mean_of_the_values(form):
+    theta, phi, g, w_f = sample()
+    phi = phi[:, :1].expand(2, 5, 7)
+    y = operate(form, theta, phi, g, w_f)
+    # f of the Gaussian forms is normalised; of the others, it is a factor of the mean.
+    ones = torch.ones(2, 5, 1, dtype=torch.float64)
+    factor = 1 if form[0] in GAUSSIAN_FORMS else expect(form, theta, phi, ones, w_f)
+    assert_close(y, factor * g.mean(dim=1, keepdim=True).expand(2, 3, 11))
+
+
+@forms
+def test_non_contiguous_inputs(form):
+    args = sample()
+    views = [t.transpose(-2, -1).contiguous().transpose(-2, -1) for t in args[:3]]
+    assert not any(v.is_contiguous() for v in views)
+    w_f = torch.stack([args[3], args[3]], dim=1)[:, 0]
+    assert_close(operate(form, *views, w_f), expect(form, *args))
+
+
+def half_precision_bound(form, theta, phi, g, w_f, eps):
+    """What rounding the operands and results of three products to a precision eps may cost.
+
+    Affinities of the Gaussian forms are in float32. The size of a sum is that of its absolute
+    terms, since they may cancel.
+    """
+    theta, phi, g, w_f = (t.double().abs() for t in (theta, phi, g, w_f))
+    if form[0] in GAUSSIAN_FORMS:
+        float32 = torch.finfo(torch.float32).eps
+        exponent = 2 * theta.shape[-1] * float32 * (theta @ phi.transpose(1, 2)).max()
+        return (4 * eps + 2 * exponent) * g.max()
+    if form[0] == "dot_product":
+        f = theta @ phi.transpose(1, 2)
+    else:
+        d = theta.shape[-1]
+        f = (theta @ w_f[:d])[:, :, None] + (phi @ w_f[d:])[:, None, :]
+    return 4 * eps * f @ g / g.shape[1]
+
+
+@pytest.mark.parametrize("factor", [1, 16, 256])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@forms
+def test_half_precision(form, dtype, factor, device):
+    args = [factor * t for t in sample(2, 13, 17, 64, 31, device=device)]
+    args[3] /= factor * 8  # weights do not grow with activations
+    args = [t.to(dtype) for t in args]
+    y, expected = operate(form, *args), expect(form, *args)
+    assert y.dtype == dtype
+    if (form[0], dtype, factor) == ("dot_product", torch.float16, 256):
+        assert expected.abs().max() > torch.finfo(dtype).max  # no float16 can hold what is exact
+        return
+    error = (y.double() - expected).abs()
+    bound = half_precision_bound(form, *args, torch.finfo(dtype).eps)
+    assert (error <= bound).all(), (error / bound).max()
+
+
+@pytest.mark.parametrize("factor", [1, 16, 256])
+@forms
+def test_autocast(form, factor):
+    args = [factor * t for t in sample(2, 13, 17, 64, 31, dtype=torch.float32)]
+    args[3] /= factor * 8
+    with torch.autocast("cpu", torch.bfloat16):
+        y = operate(form, *args)
+    error = (y.double() - expect(form, *args)).abs()
+    bound = half_precision_bound(form, *args, torch.finfo(torch.bfloat16).eps)
+    assert (error <= bound).all(), (error / bound).max()
+
+
+@forms
+def test_attention_is_at_least_float32(form):
+    theta, phi, _, w_f = sample()
+    assert attend(form, theta, phi, w_f).dtype == torch.float64
+    theta, phi, w_f = (t.half() for t in (theta, phi, w_f))
+    attention = attend(form, theta, phi, w_f)
+    assert attention.dtype == torch.float32
+    identity = torch.eye(5).expand(2, 5, 5)
+    assert_close(attention, expect(form, theta, phi, identity, w_f).float())
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any torch operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor):
+                self.numel = max(self.numel, t.numel())
+        return out
+
+
+def largest(form, *shape):
+    args = [t.requires_grad_() for t in sample(*shape)]
+    with LargestTensor() as recorded:
+        operate(form, *args).sum().backward()
+    return recorded.numel
+
+
+def test_concatenation_never_concatenates():
+    n, q, k, d = 2, 31, 29, 11
+    assert largest(("concatenation", True), n, q, k, d, 7) == n * q * k
+
+
+def test_dot_product_needs_no_affinities_where_keys_are_many():
+    n, q, k, d, e = 2, 31, 29, 5, 7
+    assert largest(("dot_product", True), n, q, k, d, e) == n * q * e
+    # and does need them where it is keys that are few, rather than D x E products
+    assert largest(("dot_product", True), n, 2, 3, 31, 29) == n * 3 * 31
