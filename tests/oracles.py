@@ -23,7 +23,8 @@ def response(theta_i: Tensor, phi: Tensor, g: Tensor, pairwise: str, scale=True,
         # D ** -0.5 is the released code's. f and C(x) share any factor: exp(-max) keeps exp finite.
         factor = len(theta_i) ** -0.5 if scale and pairwise == "embedded_gaussian" else 1
         affinity = [theta_i @ phi_j * factor for phi_j in phi]
-        f = [torch.exp(a - max(affinity)) for a in affinity]
+        largest = max(affinity)
+        f = [torch.exp(a - largest) for a in affinity]
         c = sum(f)
     elif pairwise == "dot_product":  # Eq. 4
         f = [theta_i @ phi_j for phi_j in phi]

@@ -1,0 +1,305 @@
+"""The block against loops; what it is when new, what its state dict holds, which maps it takes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from nl_detectron import NonLocalBlock, non_local, ops
+from tests import oracles
+
+# Sizes that are all different primes, so that no two axes can be exchanged unnoticed.
+N, C, D = 2, 22, 11
+MAPS = {1: (7,), 2: (5, 7), 3: (3, 5, 7)}
+pairwises = pytest.mark.parametrize("pairwise", ops.PAIRWISE)
+norms = pytest.mark.parametrize("norm", non_local.NORMS)
+dims = pytest.mark.parametrize("dim", MAPS)
+
+EMBEDDED = ["theta.weight", "theta.bias", "phi.weight", "phi.bias"]
+OUTPUT = ["g.weight", "g.bias", "conv_out.weight", "conv_out.bias"]
+KEYS = {
+    "gaussian": OUTPUT,
+    "embedded_gaussian": [*EMBEDDED, *OUTPUT],
+    "dot_product": [*EMBEDDED, *OUTPUT],
+    "concatenation": [*EMBEDDED, *OUTPUT, "concat_project.weight"],
+}
+BN_KEYS = [f"norm.{k}" for k in "weight bias running_mean running_var num_batches_tracked".split()]
+
+
+def make(in_channels=C, **options):
+    """A float64 block as after training: no parameter is zero, and affinities are moderate."""
+    block = NonLocalBlock(in_channels, **options).double()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=in_channels**-0.5)
+    return block
+
+
+def sample(dim, n=N, c=C):
+    return torch.randn(n, c, *MAPS[dim]).double()
+
+
+CASES = [
+    (dim, axes, subsample, position)
+    for dim in MAPS
+    for axes in (non_local.AXES if dim == 3 else ("spacetime",))
+    for subsample in ((1, 2) if axes != "time" else (1,))
+    for position in non_local.SUBSAMPLE_POSITIONS
+]
+
+
+@pytest.mark.parametrize(("dim", "axes", "subsample", "position"), CASES)
+@pairwises
+def test_oracle(pairwise, dim, axes, subsample, position):
+    options = {"pairwise": pairwise, "axes": axes}
+    options.update(subsample=subsample, subsample_position=position)
+    block, x = make(dim=dim, **options), sample(dim)
+    assert_close(block(x), oracles.block(x, block.state_dict(), **options))
+
+
+@pairwises
+def test_oracle_of_the_scale(pairwise):
+    block, x = make(pairwise=pairwise, scale=False), sample(2)
+    assert_close(block(x), oracles.block(x, block.state_dict(), pairwise, scale=False))
+
+
+@pytest.mark.parametrize("size", [(7, 1), (1, 7), (1, 1), (2, 3)])
+@pytest.mark.parametrize("position", non_local.SUBSAMPLE_POSITIONS)
+def test_maps_as_narrow_as_the_stride(size, position):
+    block = make(subsample=2, subsample_position=position)
+    x = torch.randn(N, C, *size).double()
+    expected = oracles.block(
+        x, block.state_dict(), block.pairwise, subsample=2, subsample_position=position
+    )
+    assert_close(block(x), expected)
+
+
+def test_subsample_by_three():
+    block, x = make(subsample=3), torch.randn(N, C, 5, 11).double()
+    assert_close(block(x), oracles.block(x, block.state_dict(), block.pairwise, subsample=3))
+
+
+@pairwises
+@dims
+@norms
+def test_new_block_is_the_identity_and_learns(norm, dim, pairwise):
+    block = NonLocalBlock(32, dim=dim, pairwise=pairwise, norm=norm)
+    x = torch.randn(3, 32, *MAPS[dim])
+    for mode in (block.train(), block.eval()):
+        assert torch.equal(mode(x), x)
+    block.train()
+    optimizer = torch.optim.SGD(block.parameters(), lr=1.0)
+    target, g = torch.randn_like(x), block.g.weight.clone()
+    for _ in range(5):
+        optimizer.zero_grad()
+        (block(x) - target).square().mean().backward()
+        optimizer.step()
+    assert (block(x) - x).abs().max() > 1e-3
+    assert not torch.equal(block.g.weight, g)  # what feeds the layer that started at zero
+
+
+@pairwises
+@dims
+def test_state_dict_keys(dim, pairwise):
+    assert sorted(make(dim=dim, pairwise=pairwise).state_dict()) == sorted(KEYS[pairwise])
+    for norm, keys in {"BN": BN_KEYS, "SyncBN": BN_KEYS, "GN": BN_KEYS[:2]}.items():
+        block = NonLocalBlock(32, dim=dim, pairwise=pairwise, norm=norm)
+        assert sorted(block.state_dict()) == sorted(KEYS[pairwise] + keys)
+
+
+@norms
+def test_initial_values(norm):
+    block = NonLocalBlock(256, pairwise="concatenation", norm=norm)
+    # CONV_INIT_STD of the released code is 0.01. The sample's deviates by 0.01 / sqrt(2 n).
+    convs = [block.theta, block.phi, block.g]
+    if norm:
+        convs.append(block.conv_out)
+        assert_close(block.norm.weight, torch.zeros(256))
+        assert_close(block.norm.bias, torch.zeros(256))
+    else:
+        assert_close(block.conv_out.weight, torch.zeros(256, 128, 1, 1))
+    for conv in convs:
+        assert_close(conv.weight.std(), torch.tensor(0.01), rtol=0.02, atol=0)
+        assert_close(conv.weight.mean(), torch.tensor(0.0), rtol=0, atol=2e-4)
+        assert_close(conv.bias, torch.zeros_like(conv.bias))
+    assert_close(block.conv_out.bias, torch.zeros(256))
+    assert_close(block.concat_project.weight.std(), torch.tensor(0.01), rtol=0.2, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "parameters"),
+    [
+        # theta, phi, g: 1024 x 512 + 512 each; conv_out: 512 x 1024 + 1024
+        ({}, 3 * (1024 * 512 + 512) + 512 * 1024 + 1024),
+        ({}, 2_099_712),
+        ({"norm": "BN"}, 2_101_760),
+        ({"pairwise": "gaussian", "norm": "BN"}, 1_052_160),
+        ({"pairwise": "concatenation"}, 2_099_712 + 2 * 512),
+        # inner channels 256
+        ({"reduction": 4}, 3 * (1024 * 256 + 256) + 256 * 1024 + 1024),
+    ],
+)
+def test_number_of_parameters(options, parameters):
+    with torch.device("meta"):
+        block = NonLocalBlock(1024, **options)
+    assert sum(p.numel() for p in block.parameters()) == parameters
+
+
+def test_inner_channels_are_never_none():
+    block, x = make(in_channels=3, reduction=4), sample(2, c=3)
+    assert block.theta.weight.shape == (1, 3, 1, 1)
+    assert_close(block(x), oracles.block(x, block.state_dict(), block.pairwise))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@dims
+@norms
+def test_empty_batch(norm, dim, training):
+    block = NonLocalBlock(32, dim=dim, subsample=2, norm=norm).train(training)
+    x = torch.randn(0, 32, *MAPS[dim], requires_grad=True)
+    y = block(x)
+    assert y.shape == x.shape
+    y.sum().backward()
+    for tensor in [*block.buffers(), *(p.grad for p in block.parameters())]:
+        assert tensor.isfinite().all()
+
+
+@pairwises
+def test_3d_with_one_frame_is_2d(pairwise):
+    block2d = make(pairwise=pairwise, subsample=2)
+    weights = {k: v.unsqueeze(-1) if v.dim() > 1 else v for k, v in block2d.state_dict().items()}
+    x = sample(2)
+    for axes in ("spacetime", "space"):
+        block3d = make(dim=3, pairwise=pairwise, subsample=2, axes=axes)
+        block3d.load_state_dict(weights)
+        assert_close(block3d(x.unsqueeze(2)).squeeze(2), block2d(x))
+
+
+@pairwises
+def test_axes_are_blocks_of_lower_dimension(pairwise):
+    x, (t, h, w) = sample(3), MAPS[3]
+    space, time = (make(dim=3, pairwise=pairwise, axes=axes) for axes in ("space", "time"))
+    frames, places = make(pairwise=pairwise), make(dim=1, pairwise=pairwise)
+    frames.load_state_dict({k: v.view(v.shape[:4]) for k, v in space.state_dict().items()})
+    places.load_state_dict({k: v.view(v.shape[:3]) for k, v in time.state_dict().items()})
+    expected = torch.stack([frames(x[:, :, i]) for i in range(t)], dim=2)
+    assert_close(space(x), expected)
+    assert_close(space.attention(x)[t], frames.attention(x[1:, :, 0])[0])
+    columns = [torch.stack([places(x[..., i, j]) for j in range(w)], -1) for i in range(h)]
+    assert_close(time(x), torch.stack(columns, dim=-2))
+    assert_close(time.attention(x)[h * w + 1], places.attention(x[1:, :, :, 0, 1])[0])
+
+
+@dims
+def test_norm_is_that_of_the_dimension(dim):
+    block, x = make(dim=dim, norm="BN"), sample(dim)
+    norm = [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d][dim - 1](C).double()
+    norm.load_state_dict(block.norm.state_dict())
+    for training in (True, False):
+        block.train(training), norm.train(training)
+        expected = oracles.block(x, block.state_dict(), block.pairwise) - x
+        assert_close(block(x), x + norm(expected))
+        assert_close(block.norm.running_mean, norm.running_mean)
+        assert_close(block.norm.running_var, norm.running_var)
+
+
+def test_group_norm_has_32_groups():
+    block, x = make(64, dim=3, norm="GN"), sample(3, c=64)
+    norm = nn.GroupNorm(32, 64).double()
+    norm.load_state_dict(block.norm.state_dict())
+    expected = oracles.block(x, block.state_dict(), block.pairwise) - x
+    assert_close(block(x), x + norm(expected))
+
+
+@dims
+@norms
+def test_freeze(norm, dim):
+    block, x = make(32, dim=dim, norm=norm), sample(dim, c=32)
+    expected = block.eval()(x)
+    block.freeze().train()
+    buffers = copy.deepcopy(list(block.buffers()))
+    assert_close(block(x), expected)
+    assert not any(p.requires_grad for p in block.parameters())
+    assert_close(list(block.buffers()), buffers)
+
+
+@pytest.mark.parametrize("options", [{}, {"subsample": 2}, {"norm": "BN"}], ids=str)
+def test_channels_last(options):
+    block, x = make(**options), sample(2)
+    expected = block(x)
+    block.to(memory_format=torch.channels_last)
+    assert_close(block(x.to(memory_format=torch.channels_last)), expected)
+
+
+@pytest.mark.parametrize("factor", [1, 16, 256])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pairwises
+def test_half_precision(pairwise, dtype, factor):
+    block = NonLocalBlock(64, pairwise=pairwise, subsample=2)
+    nn.init.normal_(block.conv_out.weight, std=0.01)
+    block.to(dtype)
+    x = (factor * torch.randn(N, 64, 5, 7)).to(dtype)
+    y = block(x)
+    assert y.dtype == dtype
+    weights = {k: v.double() for k, v in block.state_dict().items()}
+    expected = oracles.block(x.double(), weights, pairwise, subsample=2)
+    size = (expected - x).abs().max() + x.abs().max()
+    if (pairwise, dtype, factor) != ("dot_product", torch.float16, 256):  # y is beyond float16
+        assert_close(y.double(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps * size.item())
+    with torch.autocast("cpu", torch.bfloat16):
+        y = block.float()(x.float())
+    assert_close(
+        y.double(), expected, rtol=0, atol=8 * torch.finfo(torch.bfloat16).eps * size.item()
+    )
+
+
+@pairwises
+def test_attention(pairwise):
+    block, x = make(pairwise=pairwise, subsample=2), sample(2)
+    attention = block.attention(x)
+    assert attention.shape == (N, 5 * 7, 2 * 3)
+    keys = oracles.max_pool(x, 2)
+    theta, phi = x, keys
+    if pairwise != "gaussian":
+        theta = oracles.conv(x, block.theta.weight, block.theta.bias)
+        phi = oracles.conv(keys, block.phi.weight, block.phi.bias)
+    w_f = block.concat_project.weight.flatten() if pairwise == "concatenation" else None
+    identity = torch.eye(6, dtype=torch.float64).expand(N, 6, 6)
+    rows = [t.flatten(2).transpose(1, 2) for t in (theta, phi)]
+    assert_close(attention, oracles.operation(*rows, identity, pairwise, w_f=w_f))
+
+
+def test_attention_has_no_scale_where_the_block_has_none():
+    block, x = make(scale=False), sample(2)
+    affinity = block.attention(x).log()  # up to a constant of each row
+    scaled = make(scale=True)
+    scaled.load_state_dict(block.state_dict())
+    scaled = scaled.attention(x).log() * D**0.5
+    assert_close(affinity - affinity[..., :1], scaled - scaled[..., :1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dim": 4}, r"dim .*must be one of \(1, 2, 3\), got 4"),
+        ({"pairwise": "softmax"}, "pairwise .*PAIRWISE.*'embedded_gaussian'.*got 'softmax'"),
+        ({"subsample_position": "mid"}, "subsample_position .*'before_conv', 'after_conv'.*'mid'"),
+        ({"dim": 3, "axes": "both"}, "axes .*'spacetime', 'space', 'time'.*got 'both'"),
+        ({"axes": "space"}, r"axes .*\('spacetime',\), got 'space'"),
+        ({"dim": 3, "axes": "time", "subsample": 2}, "axes 'time'.*subsample must be 1, got 2"),
+        ({"norm": "FrozenBN"}, r"norm 'FrozenBN'.*use one of \('', 'BN', 'SyncBN', 'GN'\)"),
+        ({"norm": "LN"}, r"norm .*\('', 'BN', 'SyncBN', 'GN'\), got 'LN'"),
+        ({"norm": "GN"}, "norm 'GN' has 32 groups: in_channels .*got 22"),
+        ({"reduction": 0}, "reduction must be an integer >= 1, got 0"),
+        ({"reduction": 2.0}, "reduction must be an integer >= 1, got 2.0"),
+        ({"subsample": 0}, "subsample must be an integer >= 1, got 0"),
+        ({"subsample": "2"}, "subsample must be an integer >= 1, got '2'"),
+    ],
+    ids=str,
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        NonLocalBlock(C, **options)
