@@ -12,6 +12,8 @@ Paper: `Non-local Neural Networks`, Sec. 3.2, https://arxiv.org/abs/1711.07971
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -145,7 +147,9 @@ def attention(
 def _softmax_attention(theta: Tensor, phi: Tensor, scale: bool, key_mask: Tensor | None) -> Tensor:
     # An unscaled product of half-precision features passes 65504 long before training fails, so the
     # product, not only the softmax, is in float32; autocast would put it back.
-    with torch.autocast(theta.device.type, enabled=False):
+    device = theta.device.type
+    can_autocast = torch.amp.is_autocast_available(device)  # not on "meta", where FLOPs are counted
+    with torch.autocast(device, enabled=False) if can_autocast else nullcontext():
         theta, phi = _at_least_float32(theta), _at_least_float32(phi)
         if scale:
             theta = theta * theta.shape[-1] ** -0.5

@@ -1,0 +1,67 @@
+"""Check a model and a data set against each other: can it learn a few of its images by heart?
+
+Takes the first images of a COCO json that have objects (for keypoint models: labelled persons),
+trains on them with tools/train_net.py, and evaluates on the same images. A correct set-up reaches a
+high AP; one with wrong labels, boxes or weights does not.
+
+    python tools/overfit.py --config-file configs/quick_schedules/mask_rcnn_R_18_NL_FPN_overfit.yaml \\
+        --json datasets/coco/annotations/instances_train2017.json \\
+        --images datasets/coco/train2017 OUTPUT_DIR output/overfit
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+
+def first_images(data: dict[str, Any], count: int, max_objects: int) -> dict[str, Any]:
+    """Return the first images of a COCO data set with 1 to ``max_objects`` objects, all labelled."""
+    keypoints = any("keypoints" in category for category in data["categories"])
+    objects = Counter(a["image_id"] for a in data["annotations"])
+    unusable = {a["image_id"] for a in data["annotations"] if a["iscrowd"]}
+    if keypoints:
+        unusable |= {a["image_id"] for a in data["annotations"] if not a["num_keypoints"]}
+    usable = [
+        image
+        for image in data["images"]
+        if 1 <= objects[image["id"]] <= max_objects and image["id"] not in unusable
+    ]
+    if len(usable) < count:
+        raise SystemExit(f"--count {count}: only {len(usable)} images have 1 to {max_objects} objects")
+    chosen = {image["id"] for image in usable[:count]}
+    annotations = [a for a in data["annotations"] if a["image_id"] in chosen]
+    return {**data, "images": usable[:count], "annotations": annotations}
+
+
+def main() -> int:
+    """Parse the arguments, write the small data set, and train on it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True)
+    parser.add_argument("--json", type=Path, required=True, help="COCO annotations")
+    parser.add_argument("--images", required=True, help="image folder of --json")
+    parser.add_argument("--count", type=int, default=8, help="number of images")
+    parser.add_argument("--max-objects", type=int, default=10, help="per image, to keep it short")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        subset = Path(folder) / "subset.json"
+        data = json.loads(args.json.read_text())
+        subset.write_text(json.dumps(first_images(data, args.count, args.max_objects)))
+        command = [sys.executable, str(Path(__file__).with_name("train_net.py"))]
+        command += ["--config-file", args.config_file]
+        for split in ("train", "test"):
+            command += [f"--{split}-json", str(subset), f"--{split}-images", args.images]
+        return subprocess.call(command + args.opts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
