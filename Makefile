@@ -15,10 +15,11 @@ VENV = .venv
 PYTHON = $(shell python3.11 -c '' 2> /dev/null && echo python3.11 || echo python3)
 
 ifeq ($(strip $(VENV)),)
-  override VENV := $(shell python -c 'import sys; print(sys.prefix)')
+  override VENV := $(or $(shell python -c 'import sys; print(sys.prefix)'), \
+    $(error VENV= asks for the active environment, but there is no python on the PATH))
 endif
 RUN = $(VENV)/bin/python
-INSTALL = $(RUN) -m pip install --quiet --constraint constraints.txt
+INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 READY = $(VENV)/.nl_detectron_ready
 
 .PHONY: demo test test-slow lint env clean

@@ -135,6 +135,12 @@ build_model(cfg)
 """
 
 
+NEEDS = """
+import json, importlib.metadata
+print(json.dumps(importlib.metadata.requires("detectron2")))
+"""
+
+
 def run_python(code: str) -> subprocess.CompletedProcess:
     """Run ``code`` in a fresh process, away from folders and hooks that could stand in the way."""
     env = {k: v for k, v in os.environ.items() if k != "DETECTRON2_ENV_MODULE"}
@@ -193,8 +199,8 @@ def git_refusal() -> str:
 
 def pip(*arguments: str | Path) -> None:
     """Run this Python's pip and stop when it fails."""
-    command = [sys.executable, "-m", "pip", *map(str, arguments)]
-    print("+", *command, flush=True)
+    command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
+    print("+ pip", *arguments, flush=True)
     if subprocess.run(command).returncode:
         raise InstallError(f"`pip {arguments[0]}` failed; its messages are above.")
 
@@ -229,24 +235,22 @@ def fetch_index_source(folder: Path) -> Path:
 
 
 def install(source: str) -> None:
-    """Build a wheel from ``source`` and install it, its needs, and an OpenCV if there is none."""
-    constraint = ("--constraint", CONSTRAINTS)
-    pip("install", *constraint, "setuptools<81", "wheel", "ninja")
-    needs = ["setuptools<81"]  # detectron2.model_zoo imports pkg_resources, gone from 82
-    if run_python("import cv2").returncode:
-        needs.append("opencv-python-headless")  # opencv-python needs libGL
+    """Build and install ``source``, then what it needs, and an OpenCV where there is none."""
+    pip("install", "--constraint", CONSTRAINTS, "setuptools<81", "wheel", "ninja")
     with tempfile.TemporaryDirectory() as folder:
         if source == "index":
             code: str | Path = fetch_index_source(Path(folder))
         else:
             code = f"git+{REPOSITORY}@{COMMIT}"
-        # No cache: a wheel kept there may have been compiled against another torch.
-        build_options = ("--no-cache-dir", "--no-deps", "--no-build-isolation")
-        pip("wheel", *build_options, "--wheel-dir", folder, code)
-        (wheel,) = Path(folder).glob("*.whl")
-        pip("install", *constraint, wheel, *needs)
-        # Versions do not tell sources apart, so pip may have kept the files that were there.
-        pip("install", "--no-deps", "--force-reinstall", wheel)
+        # Versions do not tell the sources apart: without force, pip would keep what it finds, and
+        # its cache may hold a build for another torch.
+        options = ("--no-deps", "--no-build-isolation", "--no-cache-dir", "--force-reinstall")
+        pip("install", *options, code)
+    needs = ["setuptools<81"]  # detectron2.model_zoo imports pkg_resources, gone from 82
+    if run_python("import cv2").returncode:
+        needs.append("opencv-python-headless")  # opencv-python needs libGL
+    needs += json.loads(run_python(NEEDS).stdout)
+    pip("install", "--constraint", CONSTRAINTS, *needs)
 
 
 def choose_source(wish: str) -> str:
