@@ -1,0 +1,401 @@
+"""Backbones: where the blocks go, and that a stock network and its checkpoints live on in them."""
+
+from __future__ import annotations
+
+import functools
+import pickle
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.checkpoint.c2_model_loading import convert_basic_c2_names
+from detectron2.config import LazyCall, instantiate
+from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
+from detectron2.modeling import ResNet, build_backbone, build_model
+from detectron2.modeling.backbone import BasicStem
+from detectron2.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleStem
+from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
+from detectron2.utils.events import EventStorage
+from torch import nn
+from torch.testing import assert_close
+
+from nl_detectron import NonLocalBlock, NonLocalResNet, insert_non_local_blocks
+
+# Paper Sec. 5.1 and 6, released code and GluonCV for R-101; index i is "after residual block i".
+PRESETS = {
+    (50, 1): {"RES4": (-2,)},
+    (50, 5): {"RES3": (1, 3), "RES4": (1, 3, 5)},
+    (50, 10): {"RES3": (0, 1, 2, 3), "RES4": (0, 1, 2, 3, 4, 5)},
+    (101, 1): {"RES4": (-2,)},
+    (101, 5): {"RES3": (1, 3), "RES4": (6, 13, 20)},
+    (101, 10): {"RES3": (0, 1, 2, 3), "RES4": (2, 6, 10, 14, 18, 22)},
+}
+presets = pytest.mark.parametrize("preset", PRESETS, ids=lambda p: f"R{p[0]}-{p[1]}")
+BLOCKS = {18: [2, 2, 2, 2], 34: [3, 4, 6, 3], 50: [3, 4, 6, 3], 101: [3, 4, 23, 3]}
+BLOCKS[152] = [3, 8, 36, 3]
+
+
+def set_blocks(cfg, after_blocks):
+    for stage in cfg.MODEL.NON_LOCAL.AFTER_BLOCKS:
+        cfg.MODEL.NON_LOCAL.AFTER_BLOCKS[stage] = after_blocks.get(stage, ())
+
+
+def stock_of(cfg):
+    """The stock detectron2 config of a config of ours."""
+    stock = cfg.clone()
+    stock.MODEL.BACKBONE.NAME = cfg.MODEL.BACKBONE.NAME.replace("non_local_", "")
+    return stock
+
+
+def make_resnet(depth=50, **kwargs):
+    """A small ResNet from detectron2's own parts."""
+    stages = ResNet.make_default_stages(depth, norm="BN")
+    return ResNet(BasicStem(), stages, **kwargs)
+
+
+def with_random_statistics(model):
+    """A network as a checkpoint may hold it: FrozenBN's buffers are not 0 and 1."""
+    for module in model.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.weight.uniform_(0.5, 1)
+            module.bias.normal_(std=0.1)
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(1, 2)
+    return model
+
+
+def non_local_names(model):
+    return [name for name, m in model.named_modules() if isinstance(m, NonLocalBlock)]
+
+
+@pytest.fixture
+def nl_cfg(small_cfg):
+    small_cfg.MODEL.BACKBONE.NAME = "build_non_local_resnet_fpn_backbone"
+    return small_cfg
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50, 101, 152, "X101", "X152"])
+def test_default_is_right_before_the_last_block_of_res4(cfg, depth):
+    if isinstance(depth, str):  # ResNeXt 32x8d
+        depth = int(depth[1:])
+        cfg.MODEL.RESNETS.NUM_GROUPS, cfg.MODEL.RESNETS.WIDTH_PER_GROUP = 32, 8
+    if depth < 50:
+        cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    cfg.MODEL.RESNETS.DEPTH = depth
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res5"]
+    cfg.MODEL.BACKBONE.NAME = "build_non_local_resnet_backbone"
+    with torch.device("meta"):
+        resnet, stock = build_backbone(cfg), build_backbone(stock_of(cfg))
+    number = BLOCKS[depth][2]
+    order = [str(i) for i in range(number)]
+    order.insert(-1, f"non_local{number - 2}")
+    assert [name for name, _ in resnet.res4.named_children()] == order
+    assert non_local_names(resnet) == [f"res4.non_local{number - 2}"]
+    assert resnet.output_shape() == stock.output_shape()
+    ours = {k: v.shape for k, v in resnet.state_dict().items()}
+    added = {k for k in ours if ".non_local" in k}
+    assert {k: v for k, v in ours.items() if k not in added} == {
+        k: v.shape for k, v in stock.state_dict().items()
+    }
+    channels = 256 if depth < 50 else 1024
+    assert ours[f"res4.non_local{number - 2}.theta.weight"] == (channels // 2, channels, 1, 1)
+
+
+@presets
+def test_presets_are_the_stock_network_when_new(cfg, nl_cfg, preset):
+    nl_cfg.MODEL.RESNETS.DEPTH = preset[0]
+    set_blocks(nl_cfg, PRESETS[preset])
+    stock = with_random_statistics(build_backbone(stock_of(nl_cfg))).eval()
+    ours = build_backbone(nl_cfg).eval()
+    missing, unexpected = ours.load_state_dict(stock.state_dict(), strict=False)
+    assert unexpected == []
+    assert all(".non_local" in key for key in missing)
+    assert len(non_local_names(ours)) == preset[1]
+    for stage, indices in PRESETS[preset].items():
+        number = BLOCKS[preset[0]][int(stage[-1]) - 2]
+        order = []
+        for i in range(number):
+            order.append(str(i))
+            if i in indices or i - number in indices:
+                order.append(f"non_local{i}")
+        children = getattr(ours.bottom_up, stage.lower()).named_children()
+        assert [name for name, _ in children] == order
+    x = torch.randn(1, 3, 64, 96)
+    expected, got = stock(x), ours(x)
+    assert list(got) == list(expected)
+    assert all(torch.equal(got[k], expected[k]) for k in expected)
+
+
+def test_blocks_run_in_their_place():
+    resnet = make_resnet(18)
+    insert_non_local_blocks(resnet, {"res3": [0], "res4": [-1]})
+    calls = []
+    for name, module in resnet.named_modules():
+        if name.count(".") == 1:
+            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    resnet.eval()(torch.randn(1, 3, 32, 32))
+    stages = {
+        stage: [c.split(".")[1] for c in calls if c.startswith(stage)]
+        for stage in resnet.stage_names
+    }
+    assert stages == {
+        "res2": ["0", "1"],
+        "res3": ["0", "non_local0", "1"],
+        "res4": ["0", "1", "non_local1"],
+        "res5": ["0", "1"],
+    }
+
+
+def test_block_is_applied_to_the_output_of_its_residual_block():
+    resnet = make_resnet(18).eval()
+    insert_non_local_blocks(resnet, {"res4": [-2]}, subsample=2)
+    first, block, second = resnet.res4.children()
+    nn.init.normal_(block.conv_out.weight)
+    x = torch.randn(1, 128, 5, 7)
+    assert_close(resnet.res4(x), second(block(first(x))))
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("build_non_local_resnet_backbone", ["res4"]),
+        ("build_non_local_resnet_fpn_backbone", ["res2", "res3", "res4", "res5"]),
+        ("build_non_local_retinanet_resnet_fpn_backbone", ["res3", "res4", "res5"]),
+    ],
+)
+def test_builders(small_cfg, name, stages):
+    cfg = small_cfg
+    cfg.MODEL.BACKBONE.NAME = name
+    cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = stages
+    ours, stock = build_backbone(cfg), build_backbone(stock_of(cfg))
+    assert type(ours) is type(stock)
+    assert ours.output_shape() == stock.output_shape()
+    assert ours.size_divisibility == stock.size_divisibility
+    prefix = "bottom_up." if "fpn" in name else ""
+    assert non_local_names(ours) == [f"{prefix}res4.non_local4"]
+
+
+def detector_inputs(training):
+    """One image, with one instance for training."""
+    image = {"image": torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)}
+    if training:
+        instances = Instances((64, 96))
+        instances.gt_boxes = Boxes([[10.0, 5.0, 70.0, 60.0]])
+        instances.gt_classes = torch.tensor([0])
+        instances.gt_masks = BitMasks(torch.ones(1, 64, 96, dtype=torch.bool))
+        points = torch.rand(1, 5, 2) * 40 + 15
+        instances.gt_keypoints = Keypoints(torch.cat([points, torch.full((1, 5, 1), 2.0)], dim=2))
+        image["instances"] = instances
+    return [image]
+
+
+def as_tensors(instances):
+    fields = instances.get_fields()
+    return {k: v.tensor if isinstance(v, Boxes) else v for k, v in fields.items()}
+
+
+def test_detector_is_the_stock_detector_when_new(nl_cfg):
+    """Losses and predictions, bit by bit, blocks in the backbone and in the keypoint head."""
+    set_blocks(nl_cfg, PRESETS[50, 5])
+    stock_cfg = stock_of(nl_cfg)
+    nl_cfg.MODEL.ROI_KEYPOINT_HEAD.NAME = "NonLocalKeypointHead"
+    stock, ours = with_random_statistics(build_model(stock_cfg)), build_model(nl_cfg)
+    missing, unexpected = ours.load_state_dict(stock.state_dict(), strict=False)
+    assert unexpected == []
+    assert all(".non_local" in key for key in missing)
+    assert len(non_local_names(ours)) == 5 + 4
+
+    inputs, results = detector_inputs(training=False), []
+    for model in (stock, ours):
+        with torch.no_grad():
+            results.append(as_tensors(model.eval()(inputs)[0]["instances"]))
+    expected, got = results
+    assert len(expected["scores"]) > 0
+    assert set(expected) == set(got)
+    assert {"pred_boxes", "pred_masks", "pred_keypoints"} <= set(expected)
+    assert all(torch.equal(got[k], expected[k]) for k in expected)
+
+    inputs, losses = detector_inputs(training=True), []
+    for model in (stock, ours):
+        torch.manual_seed(1)  # proposals are sampled
+        with EventStorage():
+            losses.append(model.train()(inputs))
+    assert {"loss_mask", "loss_keypoint"} <= set(losses[0])
+    assert losses[0] == losses[1]
+
+
+def c2_name(key):
+    """The name that Caffe2 gives to a key of detectron2's ResNet."""
+    for ours, c2 in [
+        ("stem.conv1.norm.", "res_conv1_norm."),
+        ("stem.conv1.", "conv1_"),
+        (".shortcut.", ".branch1."),
+        (".conv1.", ".branch2a."),
+        (".conv2.", ".branch2b."),
+        (".conv3.", ".branch2c."),
+        ("norm.weight", "bn.s"),
+        ("norm.running_mean", "bn.rm"),
+        ("norm.running_var", "bn.riv"),
+        ("norm.", "bn."),
+        ("weight", "w"),
+        ("bias", "b"),
+    ]:
+        key = key.replace(ours, c2)
+    return key.replace(".", "_")
+
+
+@pytest.mark.parametrize("dialect", ["pth", "caffe2"])
+@presets
+def test_stock_checkpoints_load_by_name(nl_cfg, preset, dialect, tmp_path):
+    """As ImageNet weights do: a file of the bare ResNet, matched to a whole detector's backbone."""
+    nl_cfg.MODEL.MASK_ON = nl_cfg.MODEL.KEYPOINT_ON = False
+    nl_cfg.MODEL.RESNETS.DEPTH = preset[0]
+    set_blocks(nl_cfg, PRESETS[preset])
+    stock_cfg = stock_of(nl_cfg)
+    stock_cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
+    weights = with_random_statistics(build_backbone(stock_cfg)).state_dict()
+    if dialect == "pth":
+        path = tmp_path / "weights.pth"
+        torch.save({"model": weights, "matching_heuristics": True}, path)
+    else:
+        names = {c2_name(key): key for key in weights}
+        assert convert_basic_c2_names(list(names)) == list(names.values())
+        arrays = {name: weights[key].numpy() for name, key in names.items()}
+        path = tmp_path / "weights.pkl"
+        path.write_bytes(
+            pickle.dumps({"model": arrays, "__author__": "Caffe2", "matching_heuristics": True})
+        )
+
+    model = build_model(nl_cfg)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    DetectionCheckpointer(model).load(str(path))
+    after = model.state_dict()
+    prefix = "backbone.bottom_up."
+    for key in after:
+        expected = weights.get(key[len(prefix) :]) if key.startswith(prefix) else None
+        assert (expected is None) == (not key.startswith(prefix) or ".non_local" in key)
+        assert torch.equal(after[key], before[key] if expected is None else expected), key
+
+
+def test_resnet_for_lazy_configs():
+    resnet = LazyCall(ResNet)(
+        stem=LazyCall(BasicStem)(norm="BN"),
+        stages=LazyCall(ResNet.make_default_stages)(depth=18, norm="BN"),
+        out_features=["res3", "res4"],
+    )
+    stock = instantiate(resnet)
+    resnet._target_ = NonLocalResNet
+    resnet.after_blocks = {"res4": [-2]}
+    ours = instantiate(resnet)
+    assert non_local_names(ours) == ["res4.non_local0"]
+    assert ours.res4.non_local0.subsample == 1
+    assert set(stock.state_dict()) < set(ours.state_dict())
+    resnet.after_blocks = {"res3": [0, 1]}
+    resnet.block_options = {"subsample": 2, "pairwise": "gaussian"}
+    ours = instantiate(resnet)
+    assert non_local_names(ours) == ["res3.non_local0", "res3.non_local1"]
+    assert ours.res3.non_local1.subsample == 2
+    assert ours.res3.non_local1.pairwise == "gaussian"
+    assert ours.output_shape() == stock.output_shape()
+
+
+def test_regnet():
+    make = functools.partial(
+        RegNet,
+        stem_class=SimpleStem,
+        stem_width=32,
+        block_class=ResBottleneckBlock,
+        depth=13,
+        w_a=27.89,
+        w_0=24,
+        w_m=2.09,
+        group_width=8,
+        out_features=["s3", "s4"],
+    )
+    stock, ours = make().eval(), make().eval()
+    insert_non_local_blocks(ours, {"s3": [-2], "s4": [0]}, subsample=2)
+    last = len(list(stock.s3.children()))
+    names = [name for name, _ in ours.s3.named_children()]
+    assert names[-3:] == [f"b{last - 1}", f"non_local{last - 2}", f"b{last}"]
+    missing, unexpected = ours.load_state_dict(stock.state_dict(), strict=False)
+    assert unexpected == []
+    assert all(".non_local" in key for key in missing)
+    x = torch.randn(1, 3, 64, 64)
+    assert all(torch.equal(ours(x)[k], v) for k, v in stock(x).items())
+
+
+@pytest.mark.parametrize("freeze_at", [0, 2, 3])
+def test_blocks_train_behind_a_frozen_stage(nl_cfg, freeze_at):
+    nl_cfg.MODEL.BACKBONE.FREEZE_AT = freeze_at
+    set_blocks(nl_cfg, {"RES4": (0,), "RES5": (-1,)})
+    bottom_up = build_backbone(nl_cfg).bottom_up
+    for name, parameter in bottom_up.named_parameters():
+        frozen = name.startswith(tuple(["stem", "res2", "res3"][:freeze_at]) or "-")
+        assert parameter.requires_grad == (not frozen), name
+
+
+def test_a_frozen_stage_freezes_its_blocks():
+    resnet = make_resnet(18)
+    insert_non_local_blocks(resnet, {"res3": [0], "res4": [0]}, norm="BN")
+    resnet.freeze(3)
+    assert not any(p.requires_grad for p in resnet.res3.parameters())
+    assert isinstance(resnet.res3.non_local0.norm, FrozenBatchNorm2d)
+    assert all(p.requires_grad for p in resnet.res4.non_local0.parameters())
+
+
+@pytest.mark.parametrize("where", [{"device": "meta"}, {"dtype": torch.float64}], ids=str)
+def test_blocks_follow_device_and_dtype_of_their_stage(where):
+    resnet = make_resnet(18).to(**where)
+    insert_non_local_blocks(resnet, {"res4": [0]}, norm="BN")
+    for tensor in resnet.res4.non_local0.parameters():
+        assert (tensor.device, tensor.dtype) == (
+            resnet.res4[0].conv1.weight.device,
+            resnet.res4[0].conv1.weight.dtype,
+        )
+
+
+def test_no_blocks_is_the_stock_network():
+    resnet, keys = make_resnet(18), set(make_resnet(18).state_dict())
+    insert_non_local_blocks(resnet, {"res3": [], "res4": ()})
+    assert set(resnet.state_dict()) == keys
+
+
+@pytest.mark.parametrize(
+    ("after_blocks", "message"),
+    [
+        ({"res6": [0]}, r"'res6' .*AFTER_BLOCKS.RES6.*it has \['res2', 'res3', 'res4'\]"),
+        ({"res5": [0]}, r"'res5' .*no such stage; it has \['res2', 'res3', 'res4'\]. .*not built"),
+        ({"stem": [0]}, "'stem' .*no such stage"),
+        ({"res2": [0]}, "res2 is frozen.*Lower freeze_at .*MODEL.BACKBONE.FREEZE_AT"),
+        ({"res4": [2]}, r"'res4' .*AFTER_BLOCKS.RES4.*2 residual blocks.*\[-2, 1\], got \[2\]"),
+        ({"res4": [0, -3]}, r"\[-2, 1\], got \[-3\]"),
+        ({"res4": [1, 1]}, r"more than one non-local block after block 1, got \[1, 1\]"),
+        ({"res4": [0, -2]}, r"more than one non-local block after block 0, got \[0, -2\]"),
+    ],
+    ids=str,
+)
+def test_wrong_places(after_blocks, message):
+    resnet = make_resnet(18, out_features=["res4"], freeze_at=2)
+    with pytest.raises(ValueError, match=message):
+        insert_non_local_blocks(resnet, after_blocks)
+    assert non_local_names(resnet) == []
+
+
+def test_second_insertion():
+    resnet = make_resnet(18)
+    insert_non_local_blocks(resnet, {"res4": [0]})
+    with pytest.raises(ValueError, match=r"more than one non-local block after block 0, got \[0\]"):
+        insert_non_local_blocks(resnet, {"res4": [0]})
+    insert_non_local_blocks(resnet, {"res4": [1]})  # indices count residual blocks alone
+    assert [n for n, _ in resnet.res4.named_children()] == ["0", "non_local0", "1", "non_local1"]
+
+
+def test_frozen_bn_as_the_norm_of_the_blocks(nl_cfg):
+    nl_cfg.MODEL.NON_LOCAL.NORM = "FrozenBN"
+    with pytest.raises(ValueError, match=r"'FrozenBN'.*use one of"):
+        build_backbone(nl_cfg)
+
+
+def test_input_shape_reaches_the_stock_builder(nl_cfg):
+    backbone = build_backbone(nl_cfg, ShapeSpec(channels=5))
+    assert backbone.bottom_up.stem.conv1.weight.shape[1] == 5
