@@ -1,0 +1,207 @@
+"""The node MODEL.NON_LOCAL: its defaults, what it refuses, and that every key does something."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import zlib
+
+import pytest
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_backbone
+from detectron2.modeling.roi_heads import build_keypoint_head
+
+from nl_detectron import add_non_local_config
+
+DEFAULTS = {
+    "PAIRWISE": "embedded_gaussian",
+    "REDUCTION": 2,
+    "SCALE": True,
+    "SUBSAMPLE": 2,
+    "SUBSAMPLE_POSITION": "before_conv",
+    "NORM": "",
+    "AFTER_BLOCKS.RES2": (),
+    "AFTER_BLOCKS.RES3": (),
+    "AFTER_BLOCKS.RES4": (-2,),
+    "AFTER_BLOCKS.RES5": (),
+    "KEYPOINT_HEAD.AFTER_CONVS": (2, 4, 6, 8),
+    "KEYPOINT_HEAD.SUBSAMPLE": 1,
+    "KEYPOINT_HEAD.NORM": "",
+}
+# For each key, another value, and which of the two models it must change.
+BOTH, BACKBONE, HEAD = {"backbone", "head"}, {"backbone"}, {"head"}
+OTHERS = {
+    "PAIRWISE": ("gaussian", BOTH),
+    "REDUCTION": (4, BOTH),
+    "SCALE": (False, BOTH),
+    "SUBSAMPLE": (1, BACKBONE),
+    "SUBSAMPLE_POSITION": ("after_conv", BACKBONE),  # the head's maps are not subsampled
+    "NORM": ("GN", BACKBONE),
+    "AFTER_BLOCKS.RES2": ((0,), BACKBONE),
+    "AFTER_BLOCKS.RES3": ((0,), BACKBONE),
+    "AFTER_BLOCKS.RES4": ((), BACKBONE),
+    "AFTER_BLOCKS.RES5": ((0,), BACKBONE),
+    "KEYPOINT_HEAD.AFTER_CONVS": ((1,), HEAD),
+    "KEYPOINT_HEAD.SUBSAMPLE": (2, HEAD),
+    "KEYPOINT_HEAD.NORM": ("GN", HEAD),
+}
+
+
+def flat(node, prefix=""):
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def build(cfg, part):
+    if part == "head":
+        return build_keypoint_head(cfg, ShapeSpec(channels=6, height=14, width=14))
+    return build_backbone(cfg)
+
+
+def fingerprint(cfg, part):
+    """A model's parameters by name, and what it computes once their names decide their values."""
+    model = build(cfg, part).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            std = parameter[0].numel() ** -0.5
+            parameter.data.normal_(std=std, generator=generator)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        if part == "head":
+            out = model.layers(torch.randn(2, 6, 14, 14, generator=generator))
+        else:
+            out = model(torch.randn(1, 3, 64, 64, generator=generator))["res5"]
+    return {name: p.shape for name, p in model.named_parameters()}, out
+
+
+@pytest.fixture
+def nl_cfg(small_cfg):
+    small_cfg.MODEL.BACKBONE.NAME = "build_non_local_resnet_backbone"
+    small_cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    small_cfg.MODEL.ROI_KEYPOINT_HEAD.NAME = "NonLocalKeypointHead"
+    return small_cfg
+
+
+def test_defaults(cfg):
+    assert dict(flat(cfg.MODEL.NON_LOCAL)) == DEFAULTS
+
+
+def test_no_other_key_is_touched():
+    cfg = get_cfg()
+    expected = get_cfg()
+    expected.MODEL.pop("NON_LOCAL", None)  # there if the hook is on
+    add_non_local_config(cfg)
+    cfg.MODEL.pop("NON_LOCAL")
+    assert cfg == expected
+
+
+def test_adding_twice_keeps_what_was_set(cfg):
+    cfg.MODEL.NON_LOCAL.PAIRWISE = "gaussian"
+    add_non_local_config(cfg)
+    assert cfg.MODEL.NON_LOCAL.PAIRWISE == "gaussian"
+    other = get_cfg()
+    add_non_local_config(other)
+    assert other.MODEL.NON_LOCAL.PAIRWISE == "embedded_gaussian"
+
+
+def test_configs_share_nothing(cfg):
+    cfg.MODEL.NON_LOCAL.AFTER_BLOCKS.RES2 = (0,)
+    other = get_cfg()
+    add_non_local_config(other)
+    assert other.MODEL.NON_LOCAL.AFTER_BLOCKS.RES2 == ()
+
+
+def test_copies(cfg, tmp_path):
+    cfg.MODEL.NON_LOCAL.AFTER_BLOCKS.RES3 = (1, 3)
+    assert pickle.loads(pickle.dumps(cfg)) == cfg == copy.deepcopy(cfg) == cfg.clone()
+    path = tmp_path / "config.yaml"
+    path.write_text(cfg.dump())
+    other = get_cfg()
+    add_non_local_config(other)
+    other.merge_from_file(str(path))
+    assert other.MODEL.NON_LOCAL == cfg.MODEL.NON_LOCAL
+    assert other.dump() == cfg.dump()
+    plain = CfgNode.load_yaml_with_base(str(path), allow_unsafe=False)
+    assert plain["MODEL"]["NON_LOCAL"]["PAIRWISE"] == "embedded_gaussian"
+
+
+@pytest.mark.parametrize("key", DEFAULTS)
+def test_every_key_does_something(nl_cfg, key):
+    value, parts = OTHERS[key]
+    assert value != DEFAULTS[key]
+    changed = nl_cfg.clone()
+    changed.merge_from_list([f"MODEL.NON_LOCAL.{key}", value])
+    for part in BOTH:
+        shapes, out = fingerprint(nl_cfg, part)
+        new_shapes, new_out = fingerprint(changed, part)
+        assert (shapes != new_shapes or not torch.equal(out, new_out)) == (part in parts)
+
+
+def test_norm_and_subsample_of_the_head_are_its_own(nl_cfg):
+    node = nl_cfg.MODEL.NON_LOCAL
+    node.SUBSAMPLE, node.KEYPOINT_HEAD.SUBSAMPLE = 3, 2
+    node.NORM, node.KEYPOINT_HEAD.NORM = "BN", "GN"
+    block = build(nl_cfg, "head").non_local2
+    assert (block.subsample, type(block.norm)) == (2, torch.nn.GroupNorm)
+    block = build(nl_cfg, "backbone").res4.non_local4
+    assert (block.subsample, type(block.norm)) == (3, torch.nn.BatchNorm2d)
+
+
+@pytest.mark.parametrize("part", sorted(BOTH))
+@pytest.mark.parametrize(
+    ("yaml", "wrong", "right"),
+    [
+        ("{PAIRWSE: gaussian}", "MODEL.NON_LOCAL.PAIRWSE", "PAIRWISE"),
+        ("{SUB_SAMPLE: 1}", "MODEL.NON_LOCAL.SUB_SAMPLE", "SUBSAMPLE"),
+        ("{AFTER_BLOCKS: {RES_4: [1]}}", "MODEL.NON_LOCAL.AFTER_BLOCKS.RES_4", "RES4"),
+        ("{KEYPOINT_HEAD: {NROM: GN}}", "MODEL.NON_LOCAL.KEYPOINT_HEAD.NROM", "NORM"),
+        ("{KEYPOINT_HEAD: {AFTER_CONV: [1]}}", "KEYPOINT_HEAD.AFTER_CONV", "AFTER_CONVS"),
+    ],
+)
+def test_misspelt_key(nl_cfg, tmp_path, part, yaml, wrong, right):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"MODEL: {{NON_LOCAL: {yaml}}}")
+    nl_cfg.merge_from_file(str(path))
+    with pytest.raises(ValueError, match=f"unknown config key .*{wrong}, did you mean {right}"):
+        build(nl_cfg, part)
+
+
+@pytest.mark.parametrize("part", sorted(BOTH))
+def test_missing_node(nl_cfg, part):
+    nl_cfg.MODEL.pop("NON_LOCAL")
+    with pytest.raises(KeyError, match="add_non_local_config.*DETECTRON2_ENV_MODULE") as error:
+        build(nl_cfg, part)
+    assert "MODEL.NON_LOCAL is missing" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "part", "message"),
+    [
+        ("PAIRWISE", "softmax", "backbone", "PAIRWISE.*'gaussian'.*got 'softmax'"),
+        ("REDUCTION", 0, "head", "reduction must be .*got 0"),
+        ("SUBSAMPLE", 0, "backbone", "subsample must be .*got 0"),
+        ("SUBSAMPLE_POSITION", "last", "head", "SUBSAMPLE_POSITION.*'after_conv'.*got 'last'"),
+        ("NORM", "FrozenBN", "backbone", "'FrozenBN'.*one of"),
+        ("NORM", "bn", "backbone", "NORM.*'BN'.*got 'bn'"),
+        ("AFTER_BLOCKS.RES4", (6,), "backbone", r"AFTER_BLOCKS.RES4.*\[-6, 5\], got \[6\]"),
+        ("KEYPOINT_HEAD.AFTER_CONVS", (9,), "head", "AFTER_CONVS.*1 to 8.*got"),
+        ("KEYPOINT_HEAD.NORM", "LN", "head", "NORM.*'GN'.*got 'LN'"),
+        ("KEYPOINT_HEAD.SUBSAMPLE", -1, "head", "subsample must be .*got -1"),
+    ],
+)
+def test_wrong_values(nl_cfg, key, value, part, message):
+    nl_cfg.merge_from_list([f"MODEL.NON_LOCAL.{key}", value])
+    with pytest.raises(ValueError, match=message):
+        build(nl_cfg, part)
+
+
+@pytest.mark.parametrize(("key", "value"), [("SCALE", 2), ("AFTER_BLOCKS.RES4", 4), ("NORM", 1)])
+def test_values_of_another_type(cfg, key, value):
+    with pytest.raises(ValueError, match=key):
+        cfg.merge_from_list([f"MODEL.NON_LOCAL.{key}", value])
