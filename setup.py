@@ -32,10 +32,7 @@ setup(
     packages=find_packages(include=["nl_detectron", "nl_detectron.*"]),
     package_data={"nl_detectron": ["py.typed"]},
     install_requires=[
-        "torch>=2.0",
-        "fvcore>=0.1.5,<0.1.6",
-        "matplotlib",
-        "numpy",
+        "torch>=2.4",  # torch.amp.is_autocast_available
         "setuptools<81",  # detectron2.model_zoo imports pkg_resources, which 82 removed
     ],
     extras_require={"dev": ["hypothesis", "mypy", "pytest", "ruff"]},

@@ -1,5 +1,6 @@
 """Packaging and the detectron2 installer; nothing here needs a network."""
 
+import ast
 import importlib.util
 import json
 import re
@@ -229,6 +230,19 @@ def test_setup_needs_neither_torch_nor_detectron2_to_run(metadata):
 
 def test_detectron2_is_not_asked_of_the_index(metadata):
     assert "detectron2" not in names(metadata["install_requires"])
+
+
+def test_every_import_of_the_package_is_asked_for(metadata):
+    imported = set()
+    for file in (ROOT / "nl_detectron").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.split(".")[0])
+    asked = names(metadata["install_requires"])
+    # detectron2, and OpenCV with it, come from the installer; both have more than one source.
+    assert imported - sys.stdlib_module_names - {"nl_detectron", "detectron2", "cv2"} <= asked
 
 
 def test_every_direct_dependency_is_pinned_once(installer, metadata):
