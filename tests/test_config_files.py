@@ -22,13 +22,13 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 _RES4 = "backbone.bottom_up.res4.non_local"
 _HEAD = [f"roi_heads.keypoint_head.non_local{i}" for i in (2, 4, 6, 8)]
-_R50, _R101, _X152 = [f"{_RES4}4"], [f"{_RES4}21"], [f"{_RES4}34"]
+_R18, _R50, _R101, _X152 = ([f"{_RES4}{i}"] for i in (0, 4, 21, 34))
 _NL5 = [f"backbone.bottom_up.res3.non_local{i}" for i in (1, 3)]
 _NL5 += [f"{_RES4}{i}" for i in (1, 3, 5)]
 
 # From the paper. Config: the row of Table 5 or 6 that it answers to, and where its blocks are: one
-# right before the last of the 6, 23 or 36 residual blocks of res4; in the head, one after every two
-# of the 8 convolutions.
+# right before the last of the 2, 6, 23 or 36 residual blocks of res4; in the head, one after every
+# two of the 8 convolutions.
 LEAVES = {
     "COCO-InstanceSegmentation/mask_rcnn_R_50_NL_FPN_1x": ("R50 +1", _R50),
     "COCO-InstanceSegmentation/mask_rcnn_R_50_NL_FPN_3x": ("R50 +1", _R50),
@@ -49,6 +49,13 @@ LEAVES = {
     "quick_schedules/keypoint_rcnn_R_50_NL_FPN_NLhead_instant_test": (None, _R50 + _HEAD),
     "quick_schedules/retinanet_R_50_NL_FPN_instant_test": (None, _R50),
 }
+BLOCKS = {leaf: names for leaf, (_, names) in LEAVES.items()}
+# YAML only: tools/overfit.py reads no other.
+YAML_BLOCKS = {
+    **BLOCKS,
+    "quick_schedules/mask_rcnn_R_18_NL_FPN_overfit": _R18,
+    "quick_schedules/keypoint_rcnn_R_18_NL_FPN_NLhead_overfit": _R18 + _HEAD,
+}
 FIRST_LINES = {
     "R50 +1": "Table 5, R50 +1 NL: 39.0 box AP, 35.5 mask AP",
     "R101 +1": "Table 5, R101 +1 NL: 40.8 box AP, 37.1 mask AP",
@@ -56,12 +63,13 @@ FIRST_LINES = {
     "R101 +4": "Table 6, R101 +4 NL in the head: 66.0 keypoint AP",
     "R101 +4 +1": "Table 6, R101 +4 NL in the head, +1 in the backbone: 66.5 keypoint AP",
 }
-QUICK = [leaf for leaf in LEAVES if leaf.startswith("quick_schedules/")]
+INSTANT = [leaf for leaf in LEAVES if leaf.startswith("quick_schedules/")]
 # detectron2 ships the same file without the blocks' tokens in its name, except for these.
-WITHOUT_STOCK_LEAF = ["COCO-InstanceSegmentation/mask_rcnn_X_152_32x8d_NL_FPN_1x", *QUICK]
+WITHOUT_STOCK_LEAF = ["COCO-InstanceSegmentation/mask_rcnn_X_152_32x8d_NL_FPN_1x", *INSTANT]
 WITH_STOCK_LEAF = [leaf for leaf in LEAVES if leaf not in WITHOUT_STOCK_LEAF]
 
 each_leaf = pytest.mark.parametrize("leaf", LEAVES)
+each_yaml_leaf = pytest.mark.parametrize("leaf", YAML_BLOCKS)
 
 
 def load_yaml(path):
@@ -135,11 +143,11 @@ def settings(model):
     }
 
 
-@pytest.mark.parametrize("suffix", [".yaml", ".py"])
-def test_every_file_is_expected_and_has_a_twin(suffix):
+@pytest.mark.parametrize(("suffix", "expected"), [(".yaml", YAML_BLOCKS), (".py", BLOCKS)])
+def test_every_file_is_expected_and_has_a_twin(suffix, expected):
     files = [path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.rglob(f"*{suffix}")]
     leaves = [f for f in files if not f.name.startswith("Base-") and f.parts[0] != "common"]
-    assert sorted(leaf.as_posix() for leaf in leaves) == sorted(LEAVES)
+    assert sorted(leaf.as_posix() for leaf in leaves) == sorted(expected)
 
 
 @each_leaf
@@ -150,7 +158,8 @@ def test_first_line_names_the_row_of_the_paper(leaf, suffix):
     if row:
         assert first_line == f"# {FIRST_LINES[row]} (paper, not reproduced here)"
     else:
-        assert first_line.startswith(("# No row in the paper: ", "# Short run of "))
+        start = "# Short run of " if leaf in INSTANT else "# No row in the paper: "
+        assert first_line.startswith(start)
 
 
 def test_yaml_files_run_no_code():
@@ -176,26 +185,27 @@ def test_legend_of_presets():
     ]
 
 
-@each_leaf
-@pytest.mark.parametrize("build", [yaml_model, lazy_model])
-def test_blocks_are_where_the_paper_has_them(leaf, build):
-    model = build(leaf)
-    assert blocks(model) == LEAVES[leaf][1]
-    for name in blocks(model):
+def assert_blocks_are(model, expected):
+    assert blocks(model) == expected
+    for name in expected:
         parent, _, child = name.rpartition(".")
         children = [child_name for child_name, _ in model.get_submodule(parent).named_children()]
         number = child[len("non_local") :]
         previous = f"conv_fcn_relu{number}" if "head" in parent else number
         assert children[children.index(child) - 1] == previous
+        block = model.get_submodule(name)
+        assert block.norm is None
+        assert block.subsample == (1 if "head" in parent else 2)
+
+
+@each_yaml_leaf
+def test_blocks_are_where_the_paper_has_them(leaf):
+    assert_blocks_are(yaml_model(leaf), YAML_BLOCKS[leaf])
 
 
 @each_leaf
-def test_backbone_subsamples_and_no_block_has_a_norm(leaf):
-    for build in (yaml_model, lazy_model):
-        for name, module in build(leaf).named_modules():
-            if isinstance(module, NonLocalBlock):
-                assert module.norm is None
-                assert module.subsample == (1 if "head" in name else 2)
+def test_lazy_blocks_are_where_the_paper_has_them(leaf):
+    assert_blocks_are(lazy_model(leaf), BLOCKS[leaf])
 
 
 @each_leaf
@@ -254,19 +264,19 @@ def test_without_its_blocks_a_config_is_the_installed_one(leaf):
     assert cfg == stock
 
 
-@each_leaf
+@each_yaml_leaf
 def test_blocks_add_parameters_and_change_none(leaf):
     with torch.device("meta"):
         stock = build_model(without_blocks(load_yaml(CONFIGS / f"{leaf}.yaml")))
     ours = parameters(yaml_model(leaf))
     added = {name: ours.pop(name) for name in list(ours) if ".non_local" in name}
     assert ours == parameters(stock)
-    assert len(added) == 8 * len(LEAVES[leaf][1])  # weight and bias of theta, phi, g, conv_out
+    assert len(added) == 8 * len(YAML_BLOCKS[leaf])  # weight and bias of theta, phi, g, conv_out
     assert all(requires_grad for _, requires_grad in added.values())
 
 
-@pytest.mark.parametrize("leaf", QUICK)
-def test_quick_schedule_is_short_small_and_from_scratch(leaf):
+@pytest.mark.parametrize("leaf", INSTANT)
+def test_instant_test_is_short_small_and_from_scratch(leaf):
     cfg = load_yaml(CONFIGS / f"{leaf}.yaml")
     assert cfg.SOLVER.MAX_ITER <= 20
     assert cfg.SOLVER.IMS_PER_BATCH <= 2
