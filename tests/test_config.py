@@ -126,7 +126,6 @@ def test_copies(cfg, tmp_path):
     add_non_local_config(other)
     other.merge_from_file(str(path))
     assert other.MODEL.NON_LOCAL == cfg.MODEL.NON_LOCAL
-    assert other.dump() == cfg.dump()
     plain = CfgNode.load_yaml_with_base(str(path), allow_unsafe=False)
     assert plain["MODEL"]["NON_LOCAL"]["PAIRWISE"] == "embedded_gaussian"
 
