@@ -1,0 +1,100 @@
+"""Figures of what the twins predict, drawn from the files that COCOEvaluator writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+from matplotlib import patheffects
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from pycocotools import mask as mask_utils
+from pycocotools.coco import COCO
+
+from .scene import BEACON_COLOURS
+
+_HALO = [patheffects.withStroke(linewidth=2, foreground="white")]
+
+
+def draw_figure(
+    path: Path, data: Path, predictions: Mapping[str, Path], image_ids: Sequence[int]
+) -> None:
+    """Draws pictures side by side, and below each one the truth and what the twins say.
+
+    Args:
+        path: PNG file to write.
+        data: folder of the data set.
+        predictions: label of a row to a ``coco_instances_results.json``.
+        image_ids: one column for each.
+    """
+    truth = COCO(str(data / "annotations.json"))
+    sources = {"picture": None, "truth": truth}
+    sources.update((label, truth.loadRes(str(file))) for label, file in predictions.items())
+    figure = Figure(figsize=(5.4 * len(image_ids) + 0.3, 1.26 * len(sources)), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    grid = figure.subplots(len(sources), len(image_ids), squeeze=False)
+    for row, (label, source) in zip(grid, sources.items()):
+        row[0].set_ylabel(label)
+        for axes, image_id in zip(row, image_ids):
+            file_name = truth.loadImgs(image_id)[0]["file_name"]
+            image = cv2.imread(str(data / file_name))[:, :, ::-1]
+            axes.imshow(image)
+            axes.set(xticks=[], yticks=[])
+            if source is None:
+                _point_at_beacon(axes, image)
+            else:
+                objects = len(truth.getAnnIds(imgIds=image_id))
+                for annotation in _best(source, image_id, objects):
+                    _draw_object(axes, source, annotation)
+    figure.savefig(path, dpi=110)
+
+
+def _best(source: COCO, image_id: int, count: int) -> list[dict]:
+    """The best guesses of different places, as many as there are objects in truth."""
+    annotations = source.loadAnns(source.getAnnIds(imgIds=image_id))
+    kept: list[dict] = []
+    for candidate in sorted(annotations, key=lambda a: -a.get("score", 1.0)):
+        boxes = [other["bbox"] for other in kept]
+        if not kept or mask_utils.iou([candidate["bbox"]], boxes, [0] * len(kept)).max() < 0.5:
+            kept.append(candidate)
+    return kept[:count]
+
+
+def _draw_object(axes: Axes, source: COCO, annotation: dict) -> None:
+    name = source.loadCats(annotation["category_id"])[0]["name"]
+    score = f" {annotation['score']:.0%}" if "score" in annotation else ""
+    x, y, width, height = annotation["bbox"]
+    if "keypoints" in annotation:
+        head, tail = annotation["keypoints"][0:2], annotation["keypoints"][3:5]
+        axes.annotate("", head, tail, arrowprops={"arrowstyle": "-|>", "color": "C1", "lw": 2.5})
+        return
+    colour = np.array(BEACON_COLOURS[name.split(" / ")[1]]) / 255
+    axes.contour(source.annToMask(annotation), [0.5], colors=[colour], linewidths=2)
+    # Below the object, or above it where there is no room.
+    below = y + height < 105
+    axes.text(
+        np.clip(x + width / 2, 45, 530),
+        y + height + 2 if below else y - 2,
+        name + score,
+        color=colour,
+        fontsize=9,
+        ha="center",
+        va="top" if below else "bottom",
+        path_effects=_HALO,
+    )
+
+
+def _point_at_beacon(axes: Axes, image: np.ndarray) -> None:
+    # The beacon is all that is not grey.
+    y, x = np.argwhere(np.ptp(image.astype(int), axis=2) > 60).mean(axis=0)
+    on_left = x < image.shape[1] / 2
+    axes.annotate(
+        "beacon",
+        (x + 12 if on_left else x - 12, y),
+        (x + 40 if on_left else x - 40, y),
+        ha="left" if on_left else "right",
+        va="center",
+        arrowprops={"arrowstyle": "->"},
+    )
