@@ -135,12 +135,6 @@ build_model(cfg)
 """
 
 
-NEEDS = """
-import json, importlib.metadata
-print(json.dumps(importlib.metadata.requires("detectron2")))
-"""
-
-
 def run_python(code: str) -> subprocess.CompletedProcess:
     """Run ``code`` in a fresh process, away from folders and hooks that could stand in the way."""
     env = {k: v for k, v in os.environ.items() if k != "DETECTRON2_ENV_MODULE"}
@@ -223,7 +217,13 @@ def fetch_index_source(folder: Path) -> Path:
     requirement = folder / "requirement.txt"
     requirement.write_text(f"{SDIST} --hash=sha256:{SHA256}\n")
     options = ("--no-deps", "--no-build-isolation", "--no-binary", ":all:", "--require-hashes")
-    pip("download", *options, "--dest", folder, "--requirement", requirement)
+    try:
+        pip("download", *options, "--dest", folder, "--requirement", requirement)
+    except InstallError as error:
+        raise InstallError(
+            f"{error} Where they speak of direct URL dependencies: an extra of this upload, which is "
+            "not installed, has one, and pip 26.3 refuses it for that; with `pip<26.3` it works."
+        ) from error
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         tar.extractall(folder)  # the hash vouches for the paths in it
@@ -249,7 +249,10 @@ def install(source: str) -> None:
     needs = ["setuptools<81"]  # detectron2.model_zoo imports pkg_resources, gone from 82
     if run_python("import cv2").returncode:
         needs.append("opencv-python-headless")  # opencv-python needs libGL
-    needs += json.loads(run_python(NEEDS).stdout)
+    listed = run_python(
+        "import importlib.metadata as m; print(*m.requires('detectron2'), sep='\\n')"
+    )
+    needs += listed.stdout.splitlines()
     pip("install", "--constraint", CONSTRAINTS, *needs)
 
 
