@@ -221,8 +221,8 @@ def fetch_index_source(folder: Path) -> Path:
         pip("download", *options, "--dest", folder, "--requirement", requirement)
     except InstallError as error:
         raise InstallError(
-            f"{error} Where they speak of direct URL dependencies: an extra of this upload, which is "
-            "not installed, has one, and pip 26.3 refuses it for that; with `pip<26.3` it works."
+            f"{error} Where they speak of direct URL dependencies: an extra of this upload, which "
+            "is not installed, has one, and pip 26.3 refuses it for that; `pip<26.3` does not."
         ) from error
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
