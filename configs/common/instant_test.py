@@ -16,6 +16,7 @@ def make_instant(dataloader, lr_multiplier, model, optimizer, train):
             model.roi_heads.keypoint_head.conv_dims = [64] * 8
     else:
         model.max_detections_per_image = 10
+        model.test_score_thresh = 0.0
 
     for loader, short_edge in ((dataloader.train, (128,)), (dataloader.test, 128)):
         loader.num_workers = 0
