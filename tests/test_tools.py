@@ -1,0 +1,398 @@
+"""The tools, run as a person runs them, on a generated data set in COCO's format."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data import MetadataCatalog
+from detectron2.data.datasets.builtin_meta import (
+    COCO_CATEGORIES,
+    COCO_PERSON_KEYPOINT_NAMES,
+)
+from detectron2.modeling import build_model
+from detectron2.utils.env import seed_all_rng
+from PIL import Image
+
+from nl_detectron import add_non_local_config
+from nl_detectron.checkpoint import StrictCheckpointer
+from nl_detectron.coco_files import register_coco_files
+
+ROOT = Path(__file__).parent.parent
+QUICK = ROOT / "configs" / "quick_schedules"
+# A detector as small as it gets, on images of one size
+TINY = """
+    SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 2 SOLVER.STEPS () SOLVER.WARMUP_ITERS 0
+    DATALOADER.NUM_WORKERS 0 INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64 SEED 3
+    MODEL.RPN.POST_NMS_TOPK_TEST 20 MODEL.FPN.OUT_CHANNELS 32
+    MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0 MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS (32,32,32,32,32,32,32,32)
+    MODEL.RPN.POST_NMS_TOPK_TRAIN 20
+""".split()
+
+
+def load_tool(name):
+    spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(*command, hook=False, datasets=None, cwd=ROOT):
+    env = {k: v for k, v in os.environ.items() if not k.startswith("DETECTRON2_")}
+    env["OMP_NUM_THREADS"] = "1"
+    if hook:
+        env["DETECTRON2_ENV_MODULE"] = "nl_detectron.env"
+    if datasets:
+        env["DETECTRON2_DATASETS"] = str(datasets)
+    command = [sys.executable, "-W", "ignore", *map(str, command)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def write_coco(folder, json_name, *, num_images, categories, keypoints=0):
+    """Squares, each its own mask; keypoint k is the k-th corner of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    images, annotations = [], []
+    for i in range(1, num_images + 1):
+        pixels = rng.integers(0, 80, (64, 96, 3), dtype=np.uint8)
+        x, y, size = (int(v) for v in rng.integers((4, 4, 24), (40, 20, 40)))
+        pixels[y : y + size, x : x + size] += 120
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png", "height": 64, "width": 96})
+        corners = [(x, y), (x + size, y), (x + size, y + size), (x, y + size)]
+        annotation = {
+            "id": i,
+            "image_id": i,
+            "category_id": categories[0]["id"],
+            "bbox": [x, y, size, size],
+            "area": size * size,
+            "iscrowd": 0,
+            "segmentation": [[float(v) for corner in corners for v in corner]],
+        }
+        if keypoints:
+            points = [[*corners[k % 4], 2] for k in range(keypoints)]
+            annotation["keypoints"] = [v for point in points for v in point]
+            annotation["num_keypoints"] = keypoints
+        annotations.append(annotation)
+    json_file = folder.parent / json_name
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    json_file.write_text(json.dumps({"info": {}, "licenses": [], **content}))
+    return json_file
+
+
+@pytest.fixture(scope="module")
+def own_data(tmp_path_factory):
+    """Two classes of things with two keypoints: nothing that detectron2 has built in."""
+    folder = tmp_path_factory.mktemp("own")
+    names = ["left_end", "right_end"]
+    categories = [{"id": 3, "name": "bar", "keypoints": names, "skeleton": []}]
+    return write_coco(
+        folder / "images", "bars.json", num_images=4, categories=categories, keypoints=2
+    )
+
+
+def own_data_arguments(json_file, *splits):
+    for split in splits:
+        yield from (f"--{split}-json", json_file)
+        yield from (f"--{split}-images", json_file.parent / "images")
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    """Generated pictures under the names and categories of COCO 2017: a DETECTRON2_DATASETS."""
+    root = tmp_path_factory.mktemp("datasets")
+    things = [{"id": c["id"], "name": c["name"]} for c in COCO_CATEGORIES if c["isthing"]]
+    person = [{**things[0], "keypoints": COCO_PERSON_KEYPOINT_NAMES, "skeleton": []}]
+    (root / "coco" / "annotations").mkdir(parents=True)
+    for split in ("train2017", "val2017"):
+        images = root / "coco" / split
+        for kind, categories in (("instances", things), ("person_keypoints", person)):
+            keypoints = 17 * (kind == "person_keypoints")
+            name = f"annotations/{kind}_{split}.json"
+            write_coco(images, name, num_images=2, categories=categories, keypoints=keypoints)
+    return root
+
+
+def metrics(output):
+    return [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+
+
+class TestStockTools:
+    """detectron2's own scripts, with nothing but the hook."""
+
+    def test_train_net_trains_resumes_and_evaluates(self, coco, tmp_path):
+        config = QUICK / "mask_rcnn_R_18_NL_FPN_overfit.yaml"
+        command = ["-m", "tools.train_net", "--config-file", config]
+        options = ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", tmp_path, *TINY, "TEST.EVAL_PERIOD", "0"]
+        done = run(*command, *options, hook=True, datasets=coco)
+        assert done.returncode == 0, done.stderr
+        assert {"bbox/AP", "segm/AP"} <= set(metrics(tmp_path)[-1])
+
+        options += ["SOLVER.MAX_ITER", "3"]
+        done = run(*command, "--resume", *options, hook=True, datasets=coco)
+        assert done.returncode == 0, done.stderr
+        assert "Starting training from iteration 2" in done.stdout + done.stderr
+        assert (tmp_path / "model_final.pth").exists()
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("script", ["train_net", "plain_train_net"])
+    def test_keypoints(self, script, coco, tmp_path):
+        config = QUICK / "keypoint_rcnn_R_18_NL_FPN_NLhead_overfit.yaml"
+        options = ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", tmp_path, *TINY, "TEST.EVAL_PERIOD", "0"]
+        done = run(
+            "-m", f"tools.{script}", "--config-file", config, *options, hook=True, datasets=coco
+        )
+        assert done.returncode == 0, done.stderr
+        assert "keypoints" in done.stdout + done.stderr
+
+    @pytest.mark.slow
+    def test_lazyconfig_train_net(self, coco, tmp_path):
+        config = QUICK / "mask_rcnn_R_50_NL_FPN_instant_test.py"
+        options = ["train.device=cpu", f"train.output_dir={tmp_path}", "train.max_iter=2"]
+        command = ["-m", "tools.lazyconfig_train_net", "--config-file", config, *options]
+        done = run(*command, hook=True, datasets=coco)
+        assert done.returncode == 0, done.stderr
+        assert "loss_mask" in metrics(tmp_path)[-1]
+
+    @pytest.mark.slow
+    def test_analyze_model(self):
+        config = QUICK / "mask_rcnn_R_18_NL_FPN_overfit.yaml"
+        command = ["-m", "tools.analyze_model", "--tasks", "parameter", "structure"]
+        done = run(*command, "--config-file", config, "MODEL.DEVICE", "cpu", hook=True)
+        assert done.returncode == 0, done.stderr
+        assert "(non_local0): NonLocalBlock(" in done.stdout + done.stderr
+
+
+class TestTrainNet:
+    CONFIG = QUICK / "keypoint_rcnn_R_18_NL_FPN_NLhead_overfit.yaml"
+
+    def test_own_keypoints_train_and_evaluate(self, own_data, tmp_path):
+        command = ["tools/train_net.py", "--config-file", self.CONFIG]
+        command += own_data_arguments(own_data, "train", "test")
+        command += ["OUTPUT_DIR", tmp_path, *TINY, "TEST.EVAL_PERIOD", "0"]
+        refused = run(*command)
+        assert refused.returncode != 0
+        assert "TEST.KEYPOINT_OKS_SIGMAS has 17 values" in refused.stderr
+        assert "2 keypoints" in refused.stderr
+
+        done = run(*command, "TEST.KEYPOINT_OKS_SIGMAS", "(0.1,0.1)")
+        assert done.returncode == 0, done.stderr
+        assert {"bbox/AP", "keypoints/AP"} <= set(metrics(tmp_path)[-1])
+        model = torch.load(tmp_path / "model_final.pth", weights_only=False)["model"]
+        assert model["roi_heads.box_predictor.cls_score.weight"].shape[0] == 1 + 1
+        assert model["roi_heads.keypoint_head.score_lowres.weight"].shape[1] == 2
+
+    def test_two_processes_take_the_step_of_one(self, own_data, tmp_path):
+        """RPN alone: the heads' losses are means over samples whose number differs by image."""
+        options = [*TINY, "MODEL.META_ARCHITECTURE", "ProposalNetwork", "SOLVER.MAX_ITER", "1"]
+        options += ["MODEL.RPN.BATCH_SIZE_PER_IMAGE", "100000", "SOLVER.BASE_LR", "0.1"]
+        options += ["MODEL.MASK_ON", "False", "TEST.EVAL_PERIOD", "0", "DATASETS.TEST", "()"]
+        config = QUICK / "mask_rcnn_R_18_NL_FPN_overfit.yaml"
+        models = []
+        for processes in (1, 2):
+            output = tmp_path / str(processes)
+            command = ["tools/train_net.py", "--config-file", config, "--dist-url", free_url()]
+            command += ["--num-processes", processes, *own_data_arguments(own_data, "train")]
+            done = run(*command, "OUTPUT_DIR", output, *options)
+            assert done.returncode == 0, done.stderr
+            models.append(torch.load(output / "model_final.pth", weights_only=False)["model"])
+        new = build_rpn(options, config)
+        moved = 0
+        for name, value in models[0].items():
+            torch.testing.assert_close(value, models[1][name], rtol=1e-4, atol=1e-6, msg=name)
+            moved += name in new and not torch.equal(value, new[name])
+        assert moved > 50
+
+    def test_misspelt_key(self, own_data):
+        arguments = own_data_arguments(own_data, "train")
+        done = run(
+            "tools/train_net.py",
+            "--config-file",
+            self.CONFIG,
+            *arguments,
+            "MODEL.NON_LOCAL.PAIRWIZE",
+            "x",
+        )
+        assert done.returncode != 0
+        assert "did you mean MODEL.NON_LOCAL.PAIRWISE?" in done.stderr.splitlines()[-1]
+
+
+def free_url():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{s.getsockname()[1]}"
+
+
+def build_rpn(options, config):
+    cfg = get_cfg()
+    add_non_local_config(cfg)
+    cfg.merge_from_file(str(config))
+    cfg.merge_from_list(options)
+    cfg.MODEL.DEVICE = "cpu"
+    seed_all_rng(3)
+    return build_model(cfg).state_dict()
+
+
+class TestStrictCheckpointer:
+    @pytest.fixture
+    def models(self, small_cfg):
+        stock = build_model(small_cfg)
+        small_cfg.MODEL.BACKBONE.NAME = "build_non_local_resnet_fpn_backbone"
+        small_cfg.MODEL.ROI_KEYPOINT_HEAD.NAME = "NonLocalKeypointHead"
+        return stock, build_model(small_cfg)
+
+    def load(self, model, state, tmp_path, **kwargs):
+        torch.save({"model": state}, tmp_path / "model.pth")
+        StrictCheckpointer(model, **kwargs).load(str(tmp_path / "model.pth"))
+
+    def test_stock_checkpoint_is_accepted(self, models, tmp_path):
+        stock, non_local = models
+        self.load(non_local, stock.state_dict(), tmp_path)
+        assert torch.equal(
+            non_local.state_dict()["backbone.bottom_up.res4.5.conv1.weight"],
+            stock.state_dict()["backbone.bottom_up.res4.5.conv1.weight"],
+        )
+
+    @pytest.mark.parametrize(
+        "lost", ["backbone.bottom_up.res4.5.conv1.weight", "roi_heads.box_predictor.cls_score.bias"]
+    )
+    def test_lost_tensor_is_named(self, models, tmp_path, lost):
+        state = models[0].state_dict()
+        del state[lost]
+        with pytest.raises(ValueError, match=f"lacks 1 of .*{lost}"):
+            self.load(models[1], state, tmp_path)
+        self.load(models[1], state, tmp_path, may_lack=[lost.rsplit(".", 1)[0]])
+        self.load(models[1], state, tmp_path, may_lack=[""])
+
+    def test_other_number_of_classes_is_named(self, models, tmp_path):
+        state = models[0].state_dict()
+        state["roi_heads.box_predictor.cls_score.weight"] = torch.zeros(81, 32)
+        with pytest.raises(ValueError, match="cls_score.weight"):
+            self.load(models[1], state, tmp_path)
+        self.load(models[1], state, tmp_path, may_lack=["roi_heads.box_predictor"])
+
+    def test_backbone_alone_is_accepted_if_whole(self, models, tmp_path):
+        """As ImageNet weights are stored: without the prefix, matched by the ends of the names."""
+        prefix = "backbone.bottom_up."
+        state = {
+            name[len(prefix) :]: value.numpy()
+            for name, value in models[0].state_dict().items()
+            if name.startswith(prefix)
+        }
+        checkpoint = {"model": state, "__author__": "test", "matching_heuristics": True}
+        path = tmp_path / "imagenet.pkl"
+        path.write_bytes(pickle.dumps(checkpoint))
+        StrictCheckpointer(models[1]).load(str(path))
+
+        del state["res4.5.conv1.weight"]
+        path.write_bytes(pickle.dumps(checkpoint))
+        with pytest.raises(ValueError, match="res4.5.conv1.weight"):
+            StrictCheckpointer(models[1]).load(str(path))
+
+
+class TestOwnData:
+    def test_metadata(self, own_data):
+        for _ in range(2):
+            register_coco_files("test_metadata", str(own_data), str(own_data.parent / "images"))
+        metadata = MetadataCatalog.get("test_metadata")
+        assert metadata.thing_classes == ["bar"]
+        assert metadata.keypoint_names == ["left_end", "right_end"]
+        assert metadata.keypoint_flip_map == [("left_end", "right_end")]
+
+    def test_errors(self, own_data, tmp_path):
+        images = str(own_data.parent / "images")
+        with pytest.raises(FileNotFoundError, match="lost.json does not exist"):
+            register_coco_files("test_errors", str(tmp_path / "lost.json"), images)
+        empty = tmp_path / "empty.json"
+        empty.write_text('{"images": [], "annotations": []}')
+        with pytest.raises(ValueError, match="empty.json has no categories"):
+            register_coco_files("test_errors", str(empty), images)
+        mixed = tmp_path / "mixed.json"
+        categories = [{"id": i, "name": str(i), "keypoints": ["a"] * i} for i in (1, 2)]
+        mixed.write_text(json.dumps({"categories": categories}))
+        with pytest.raises(ValueError, match="different keypoints"):
+            register_coco_files("test_errors", str(mixed), images)
+        register_coco_files("test_taken", str(own_data), images)
+        with pytest.raises(ValueError, match="'test_taken' is taken"):
+            register_coco_files("test_taken", str(mixed), images)
+
+
+class TestAnalyze:
+    @pytest.fixture
+    def analyze(self):
+        return load_tool("analyze")
+
+    @pytest.fixture
+    def args(self):
+        return argparse.Namespace(image_size=(800, 1333), proposals=1000, detections=100)
+
+    @pytest.mark.parametrize("name", ["R_50_NL_FPN_1x", "R_101_NL_FPN_3x", "X_152_32x8d_NL_FPN_1x"])
+    def test_one_block_in_mask_rcnn(self, analyze, args, name):
+        """C = 1024, D = 512; 50 x 84 queries, 25 x 42 keys: the cost by hand."""
+        cfg = analyze.load_config(ROOT / f"configs/COCO-InstanceSegmentation/mask_rcnn_{name}.yaml")
+        stock, stock_gmac = analyze.count(analyze.stock_twin(cfg), args)
+        with_block, gmac = analyze.count(cfg, args)
+        queries, keys = 50 * 84, 25 * 42
+        projections = 1024 * 512 * (2 * queries + 2 * keys)
+        pairs = 2 * queries * keys * 512
+        assert with_block - stock == 3 * (1024 * 512 + 512) + 512 * 1024 + 1024 == 2_099_712
+        assert gmac - stock_gmac == pytest.approx((projections + pairs) / 1e9)
+        assert gmac / stock_gmac < 1.05
+
+        cfg.MODEL.NON_LOCAL.NORM = "BN"
+        assert analyze.count(cfg, args)[0] - stock == 2_101_760
+
+    def test_roi_heads_are_counted_per_roi(self, analyze, args):
+        """Four blocks at 14 x 14 with C = 512, D = 256, not subsampled."""
+        path = ROOT / "configs/COCO-Keypoints/keypoint_rcnn_R_50_FPN_NLhead_1x.yaml"
+        cfg = analyze.load_config(path)
+        gmac = analyze.count(cfg, args)[1] - analyze.count(analyze.stock_twin(cfg), args)[1]
+        per_roi = 4 * 196 * 512 * 256 + 2 * 196 * 196 * 256
+        assert gmac == pytest.approx(100 * 4 * per_roi / 1e9)
+
+    def test_command(self):
+        config = "configs/COCO-Detection/retinanet_R_50_NL_FPN_1x.yaml"
+        done = run("tools/analyze.py", "--config-file", config)
+        assert done.returncode == 0, done.stderr
+        assert "| retinanet_R_50_NL_FPN_1x | 40,015,284 | 2,099,712 |" in done.stdout
+
+
+class TestOverfit:
+    def test_chooses_usable_images(self):
+        data = {
+            "images": [{"id": i} for i in range(6)],
+            "categories": [{"id": 1, "keypoints": ["nose"]}],
+            "annotations": [
+                {"image_id": 1, "iscrowd": 0, "num_keypoints": 1},
+                {"image_id": 2, "iscrowd": 1, "num_keypoints": 1},
+                {"image_id": 3, "iscrowd": 0, "num_keypoints": 0},
+                *[{"image_id": 4, "iscrowd": 0, "num_keypoints": 1}] * 3,
+                {"image_id": 5, "iscrowd": 0, "num_keypoints": 1},
+            ],
+        }
+        overfit = load_tool("overfit")
+        chosen = overfit.first_images(data, 2, 2)
+        assert [image["id"] for image in chosen["images"]] == [1, 5]
+        assert [a["image_id"] for a in chosen["annotations"]] == [1, 5]
+        with pytest.raises(SystemExit, match="only 2 images"):
+            overfit.first_images(data, 3, 2)
+
+    def test_hands_the_subset_to_train_net(self, own_data, tmp_path):
+        config = QUICK / "mask_rcnn_R_18_NL_FPN_overfit.yaml"
+        command = ["tools/overfit.py", "--config-file", config, "--json", own_data, "--count", "2"]
+        command += ["--images", own_data.parent / "images", "OUTPUT_DIR", tmp_path, *TINY]
+        done = run(*command, "TEST.EVAL_PERIOD", "0")
+        assert done.returncode == 0, done.stderr
+        assert "Loaded 2 images in COCO format" in done.stdout + done.stderr
+        assert "segm/AP" in metrics(tmp_path)[-1]
