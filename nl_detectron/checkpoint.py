@@ -16,8 +16,8 @@ class StrictCheckpointer(DetectionCheckpointer):
     """detectron2's checkpointer, for networks that are a known one plus non-local blocks.
 
     A checkpoint may lack the parameters of non-local blocks, which start as the identity. A
-    checkpoint of a backbone alone (ImageNet pretraining) may lack all that is not backbone. Anything
-    else that it lacks, or holds in another shape, must have been named in ``may_lack``.
+    checkpoint of a backbone alone (ImageNet pretraining) may lack all that is not backbone.
+    Anything else that it lacks, or holds in another shape, must have been named in ``may_lack``.
     """
 
     def __init__(
@@ -28,8 +28,8 @@ class StrictCheckpointer(DetectionCheckpointer):
         Args:
             model: the model to load into.
             save_dir: as in ``DetectionCheckpointer``.
-            may_lack: prefixes of parameter names, such as "roi_heads.box_predictor", that keep their
-                initial values on purpose; "" stands for all.
+            may_lack: prefixes of parameter names, such as "roi_heads.box_predictor", that keep
+                their initial values on purpose; "" stands for all.
             kwargs: as in ``DetectionCheckpointer``.
         """
         super().__init__(model, save_dir, **kwargs)
@@ -49,7 +49,7 @@ class StrictCheckpointer(DetectionCheckpointer):
         )
         backbone = getattr(self.model, "backbone", None)
         prefix = "backbone.bottom_up." if isinstance(backbone, FPN) else "backbone."
-        beyond_backbone = {name for name in names if not name.startswith((prefix, *_BUFFERS))}
+        beyond_backbone = {name for name in names if not name.startswith((prefix, "pixel_"))}
 
         unexplained = {name for name in lacking if not name.startswith(blocks + self.may_lack)}
         if beyond_backbone <= lacking:
@@ -58,10 +58,8 @@ class StrictCheckpointer(DetectionCheckpointer):
         if unexplained:
             shown = ", ".join(sorted(unexplained)[:8])
             raise ValueError(
-                f"the checkpoint lacks {len(unexplained)} of the model's {len(names)} tensors, or has "
-                f"them in another shape: {shown}{', ...' if len(unexplained) > 8 else ''}. Is it of "
-                "another depth or number of classes? Name what should start from scratch."
+                f"the checkpoint lacks {len(unexplained)} of the model's {len(names)} tensors, or "
+                f"has them in another shape: {shown}{', ...' if len(unexplained) > 8 else ''}. Is "
+                "it of another depth or number of classes? What should start from scratch can be "
+                "named: may_lack, or --may-lack of tools/train_net.py."
             )
-
-
-_BUFFERS = ("pixel_mean", "pixel_std")

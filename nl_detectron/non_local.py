@@ -73,7 +73,7 @@ class NonLocalBlock(CNNBlockBase):
         if norm == "FrozenBN":
             raise ValueError(
                 "norm 'FrozenBN' would keep a new block at the identity for ever, because its zero "
-                f"scale is not a parameter; use one of {NORMS}. The norm of the backbone is another key."
+                f"scale is not a parameter; use one of {NORMS}. The backbone's norm is another key."
             )
         _check("norm", norm, NORMS)
         for name, value in (("reduction", reduction), ("subsample", subsample)):
@@ -97,11 +97,9 @@ class NonLocalBlock(CNNBlockBase):
         self.inner_channels = inner_channels = max(in_channels // reduction, 1)
 
         conv = _CONV[dim]
-        if pairwise == "gaussian":
-            self.theta, self.phi = nn.Identity(), nn.Identity()
-        else:
-            self.theta = conv(in_channels, inner_channels, 1)
-            self.phi = conv(in_channels, inner_channels, 1)
+        embedded = pairwise != "gaussian"
+        self.theta = conv(in_channels, inner_channels, 1) if embedded else nn.Identity()
+        self.phi = conv(in_channels, inner_channels, 1) if embedded else nn.Identity()
         self.g = conv(in_channels, inner_channels, 1)
         if pairwise == "concatenation":
             self.concat_project = conv(2 * inner_channels, 1, 1, bias=False)
@@ -111,7 +109,7 @@ class NonLocalBlock(CNNBlockBase):
 
     def _init_weights(self) -> None:
         for module in self.children():
-            if isinstance(module, tuple(_CONV.values())):
+            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
                 nn.init.normal_(module.weight, std=_INIT_STD)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -184,7 +182,7 @@ class NonLocalBlock(CNNBlockBase):
 
 
 def insert_after(parent: nn.Module, after: str, name: str, module: nn.Module) -> None:
-    """Insert a named child into a module that runs its children in order, behind the child ``after``.
+    """Insert a child behind the child ``after`` of a module that runs its children in order.
 
     The other children keep their names, and with them their keys in checkpoints.
     """

@@ -5,7 +5,7 @@ built on the meta device, so nothing is computed or downloaded. GMAC is what det
 print as GFLOPs: a multiply and an add count as one.
 
     python tools/analyze.py
-    python tools/analyze.py --config-file configs/COCO-Keypoints/keypoint_rcnn_R_50_FPN_NLhead_1x.yaml
+    python tools/analyze.py --config-file configs/COCO-Detection/retinanet_R_50_NL_FPN_1x.yaml
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nl_detectron import add_non_local_config
@@ -53,7 +53,7 @@ def count(cfg: CfgNode, args: argparse.Namespace) -> tuple[int, float]:
     return parameters, counter.get_total_flops() / 2e9
 
 
-def run_networks(model: nn.Module, args: argparse.Namespace) -> None:
+def run_networks(model: Any, args: argparse.Namespace) -> None:
     """Run every network of a detector once, with a fixed number of RoIs instead of detections."""
     divisor = model.backbone.size_divisibility or 1
     height, width = (-(-size // divisor) * divisor for size in args.image_size)
@@ -70,7 +70,7 @@ def run_networks(model: nn.Module, args: argparse.Namespace) -> None:
         heads.keypoint_head.layers(roi_features(model, heads.keypoint_pooler, args.detections))
 
 
-def roi_features(model: nn.Module, pooler: nn.Module, number: int) -> torch.Tensor:
+def roi_features(model: Any, pooler: Any, number: int) -> torch.Tensor:
     """Return features of RoIs in the shape in which the pooler gives them to a head."""
     channels = model.backbone.output_shape()[model.roi_heads.in_features[0]].channels
     return torch.empty(number, channels, *pooler.output_size, device="meta")

@@ -4,7 +4,8 @@ Takes the first images of a COCO json that have objects (for keypoint models: la
 trains on them with tools/train_net.py, and evaluates on the same images. A correct set-up reaches a
 high AP; one with wrong labels, boxes or weights does not.
 
-    python tools/overfit.py --config-file configs/quick_schedules/mask_rcnn_R_18_NL_FPN_overfit.yaml \\
+    python tools/overfit.py \\
+        --config-file configs/quick_schedules/mask_rcnn_R_18_NL_FPN_overfit.yaml \\
         --json datasets/coco/annotations/instances_train2017.json \\
         --images datasets/coco/train2017 OUTPUT_DIR output/overfit
 """
@@ -22,7 +23,7 @@ from typing import Any
 
 
 def first_images(data: dict[str, Any], count: int, max_objects: int) -> dict[str, Any]:
-    """Return the first images of a COCO data set with 1 to ``max_objects`` objects, all labelled."""
+    """Return the first images of a COCO data set with 1 to ``max_objects`` labelled objects."""
     keypoints = any("keypoints" in category for category in data["categories"])
     objects = Counter(a["image_id"] for a in data["annotations"])
     unusable = {a["image_id"] for a in data["annotations"] if a["iscrowd"]}
@@ -34,7 +35,9 @@ def first_images(data: dict[str, Any], count: int, max_objects: int) -> dict[str
         if 1 <= objects[image["id"]] <= max_objects and image["id"] not in unusable
     ]
     if len(usable) < count:
-        raise SystemExit(f"--count {count}: only {len(usable)} images have 1 to {max_objects} objects")
+        raise SystemExit(
+            f"--count {count}: only {len(usable)} images have 1 to {max_objects} objects"
+        )
     chosen = {image["id"] for image in usable[:count]}
     annotations = [a for a in data["annotations"] if a["image_id"] in chosen]
     return {**data, "images": usable[:count], "annotations": annotations}

@@ -4,7 +4,8 @@ Beyond the stock script: the device is chosen where CUDA is absent, several CPU 
 TEST.KEYPOINT_OKS_SIGMAS counts, a person's own COCO files come from the command line, and a
 checkpoint that would leave part of the network untrained is refused.
 
-    python tools/train_net.py --config-file configs/COCO-InstanceSegmentation/mask_rcnn_R_50_NL_FPN_1x.yaml
+    python tools/train_net.py --num-gpus 8 \\
+        --config-file configs/COCO-InstanceSegmentation/mask_rcnn_R_50_NL_FPN_1x.yaml
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Trainer(DefaultTrainer):
         super().__init__(cfg)
 
     def build_hooks(self) -> list:
-        """Stock hooks; this is the last step of ``__init__``, and the first to use a checkpointer."""
+        """Stock hooks, in the last step of ``__init__`` and the first that needs a checkpointer."""
         self.checkpointer = StrictCheckpointer(
             self._trainer.model,
             self.cfg.OUTPUT_DIR,
