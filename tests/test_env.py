@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -140,5 +141,6 @@ def test_missing_detectron2_is_one_sentence_that_says_what_to_run(output):
 
 def test_spawned_process_has_the_hook_too(monkeypatch):
     monkeypatch.setenv("DETECTRON2_ENV_MODULE", HOOK)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert "NON_LOCAL" in pool.apply(get_cfg).MODEL
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        assert "NON_LOCAL" in pool.submit(get_cfg).result().MODEL
