@@ -264,6 +264,15 @@ def test_autocast(form, factor):
     assert (error <= bound).all(), (error / bound).max()
 
 
+@pytest.mark.parametrize("pairwise", GAUSSIAN_FORMS)
+def test_affinity_is_in_float32_under_autocast(pairwise):
+    theta, phi = torch.ones(1, 1, 1), torch.tensor([[[256.0], [257.0]]])  # bfloat16 has no 257
+    y = 1 / (1 + math.e) * 4 + math.e / (1 + math.e) * 8
+    with torch.autocast("cpu", torch.bfloat16):
+        got = operate((pairwise, True), theta, phi, torch.tensor([[[4.0], [8.0]]]), None)
+    assert_close(got.float(), torch.tensor([[[y]]]), rtol=2**-7, atol=0)
+
+
 @forms
 def test_attention_is_at_least_float32(form):
     theta, phi, _, w_f = sample()
