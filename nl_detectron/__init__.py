@@ -1,7 +1,7 @@
 """Non-local Neural Networks for detectron2: backbones, a keypoint head, and the block itself."""
 
 # First of all: if DETECTRON2_ENV_MODULE names this package, importing detectron2 calls back into
-# it, and every module below needs a whole detectron2.
+# it, and the modules below must find a whole detectron2. Here its absence is told in one sentence.
 try:
     import detectron2  # noqa: F401
 except ModuleNotFoundError as error:

@@ -37,9 +37,16 @@ def insert_non_local_blocks(
     Raises:
         ValueError: a stage that is not built or is frozen, an index out of range or given twice.
     """
-    stages = {name: _stage(resnet, name) for name, indices in after_blocks.items() if len(indices)}
-    for stage_name, stage in stages.items():
-        _insert_into_stage(stage, stage_name, after_blocks[stage_name], block_options)
+    places = [
+        place
+        for stage_name, indices in after_blocks.items()
+        if len(indices)
+        for place in _places(resnet, stage_name, indices)
+    ]
+    for stage, i, name in places:
+        residual_block: Any = stage.get_submodule(name)
+        block = NonLocalBlock(residual_block.out_channels, **block_options)
+        insert_after(stage, name, f"non_local{i}", block.to(next(stage.parameters())))
 
 
 class NonLocalResNet(ResNet):
@@ -91,29 +98,26 @@ def build_non_local_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: Sha
     return fpn
 
 
-def _stage(resnet: nn.Module, name: str) -> nn.Module:
-    built = [child_name for child_name, child in resnet.named_children() if _residual_blocks(child)]
-    if name not in built:
-        raise ValueError(
-            f"after_blocks {name!r} (config key AFTER_BLOCKS.{name.upper()}): the backbone has no "
-            f"such stage; it has {built}. Stages that no output feature needs are not built."
-        )
-    return getattr(resnet, name)
-
-
-def _insert_into_stage(
-    stage: nn.Module, stage_name: str, indices: Sequence[int], block_options: Mapping[str, Any]
-) -> None:
+def _places(
+    resnet: nn.Module, stage_name: str, indices: Sequence[int]
+) -> list[tuple[nn.Module, int, str]]:
+    """Check the indices; return the stage, and the index and child name of each block named."""
     where = f"after_blocks {stage_name!r} (config key AFTER_BLOCKS.{stage_name.upper()})"
-    residual_blocks = _residual_blocks(stage)
-    length = len(residual_blocks)
-    bad = [i for i in indices if not -length <= i < length]
+    built = [name for name, child in resnet.named_children() if _residual_blocks(child)]
+    if stage_name not in built:
+        raise ValueError(
+            f"{where}: the backbone has no such stage; it has {built}. Stages that no output "
+            "feature needs are not built."
+        )
+    stage = resnet.get_submodule(stage_name)
+    names = _residual_blocks(stage)
+    bad = [i for i in indices if not -len(names) <= i < len(names)]
     if bad:
         raise ValueError(
-            f"{where}: {stage_name} has {length} residual blocks, so an index must be in "
-            f"[{-length}, {length - 1}], got {bad}"
+            f"{where}: {stage_name} has {len(names)} residual blocks, so an index must be in "
+            f"[{-len(names)}, {len(names) - 1}], got {bad}"
         )
-    positions = [i % length for i in indices]
+    positions = [i % len(names) for i in indices]
     taken = [i for i in positions if positions.count(i) > 1 or hasattr(stage, f"non_local{i}")]
     if taken:
         raise ValueError(
@@ -124,16 +128,12 @@ def _insert_into_stage(
             f"{where}: {stage_name} is frozen, so a block in it could never train. Lower freeze_at "
             f"(config key MODEL.BACKBONE.FREEZE_AT) or choose a later stage."
         )
-
-    names = [name for name, child in stage.named_children() if child in residual_blocks]
-    for i in positions:
-        block = NonLocalBlock(residual_blocks[i].out_channels, **block_options)
-        insert_after(stage, names[i], f"non_local{i}", block.to(next(stage.parameters())))
+    return [(stage, i, names[i]) for i in positions]
 
 
-def _residual_blocks(stage: nn.Module) -> list[CNNBlockBase]:
+def _residual_blocks(stage: nn.Module) -> list[str]:
     return [
-        child
-        for child in stage.children()
+        name
+        for name, child in stage.named_children()
         if isinstance(child, CNNBlockBase) and not isinstance(child, NonLocalBlock)
     ]

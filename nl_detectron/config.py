@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 from typing import Any
 
@@ -46,7 +45,7 @@ def add_non_local_config(cfg: CfgNode) -> None:
     a builder of this package. No other key is touched.
     """
     if "NON_LOCAL" not in cfg.MODEL:
-        cfg.MODEL.NON_LOCAL = CfgNode(copy.deepcopy(_DEFAULTS))
+        cfg.MODEL.NON_LOCAL = CfgNode(_DEFAULTS)
         # A misspelt key in a YAML file is refused when the model is built, with the nearest name;
         # yacs itself would only say that it does not exist.
         cfg.MODEL.NON_LOCAL.set_new_allowed(True)

@@ -67,18 +67,24 @@ class NonLocalBlock(CNNBlockBase):
         """
         super().__init__(in_channels, in_channels, stride=1)
         _check("dim", dim, tuple(_CONV))
-        _check("pairwise", pairwise, ops.PAIRWISE)
-        _check("subsample_position", subsample_position, SUBSAMPLE_POSITIONS)
+        _check("pairwise (config key PAIRWISE)", pairwise, ops.PAIRWISE)
+        _check(
+            "subsample_position (config key SUBSAMPLE_POSITION)",
+            subsample_position,
+            SUBSAMPLE_POSITIONS,
+        )
         _check("axes", axes, AXES if dim == 3 else AXES[:1])
         if norm == "FrozenBN":
             raise ValueError(
                 "norm 'FrozenBN' would keep a new block at the identity for ever, because its zero "
                 f"scale is not a parameter; use one of {NORMS}. The backbone's norm is another key."
             )
-        _check("norm", norm, NORMS)
+        _check("norm (config key NORM)", norm, NORMS)
         for name, value in (("reduction", reduction), ("subsample", subsample)):
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+                raise ValueError(
+                    f"{name} (config key {name.upper()}) must be an integer >= 1, got {value!r}"
+                )
         if axes == "time" and subsample > 1:
             raise ValueError(
                 f"axes 'time' has no space to pool: subsample must be 1, got {subsample}"
@@ -197,6 +203,4 @@ def insert_after(parent: nn.Module, after: str, name: str, module: nn.Module) ->
 
 def _check(name: str, value: object, allowed: tuple) -> None:
     if value not in allowed:
-        raise ValueError(
-            f"{name} (config key {name.upper()}) must be one of {allowed}, got {value!r}"
-        )
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")

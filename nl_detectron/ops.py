@@ -52,6 +52,8 @@ def embedded_gaussian(
     Returns:
         (N, Q, E), dtype of ``g``.
     """
+    if key_mask is not None:
+        g = g.masked_fill(~key_mask[:, :, None], 0.0)  # for the sake of inf and nan: 0 * nan is nan
     return _softmax_attention(theta, phi, scale, key_mask).to(g.dtype) @ g
 
 

@@ -33,7 +33,7 @@ from .scene import (
 )
 
 KINDS = ("instances", "keypoints")
-SPLIT_SIZES = {"train": 900, "val": 120}
+SPLIT_SIZES = {"train": 1200, "val": 120}
 KEYPOINT_NAMES = ("head", "tail")
 
 

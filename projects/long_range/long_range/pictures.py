@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import cv2
@@ -13,7 +17,7 @@ from matplotlib.figure import Figure
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
-from .scene import BEACON_COLOURS
+from .scene import BEACON_COLOURS, HEIGHT, WIDTH
 
 _HALO = [patheffects.withStroke(linewidth=2, foreground="white")]
 
@@ -21,33 +25,33 @@ _HALO = [patheffects.withStroke(linewidth=2, foreground="white")]
 def draw_figure(
     path: Path, data: Path, predictions: Mapping[str, Path], image_ids: Sequence[int]
 ) -> None:
-    """Draws pictures side by side, and below each one the truth and what the twins say.
+    """Draws each picture, and below it the truth and what the twins say.
 
     Args:
         path: PNG file to write.
         data: folder of the data set.
-        predictions: label of a row to a ``coco_instances_results.json``.
-        image_ids: one column for each.
+        predictions: label of a twin to its ``coco_instances_results.json``.
+        image_ids: the pictures.
     """
-    truth = COCO(str(data / "annotations.json"))
-    sources = {"picture": None, "truth": truth}
-    sources.update((label, truth.loadRes(str(file))) for label, file in predictions.items())
-    figure = Figure(figsize=(5.4 * len(image_ids) + 0.3, 1.26 * len(sources)), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
-    grid = figure.subplots(len(sources), len(image_ids), squeeze=False)
-    for row, (label, source) in zip(grid, sources.items()):
-        row[0].set_ylabel(label)
-        for axes, image_id in zip(row, image_ids):
-            file_name = truth.loadImgs(image_id)[0]["file_name"]
-            image = cv2.imread(str(data / file_name))[:, :, ::-1]
-            axes.imshow(image)
-            axes.set(xticks=[], yticks=[])
-            if source is None:
-                _point_at_beacon(axes, image)
-            else:
-                objects = len(truth.getAnnIds(imgIds=image_id))
-                for annotation in _best(source, image_id, objects):
-                    _draw_object(axes, source, annotation)
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(data / "annotations.json"))
+        sources = {"picture": None, "truth": truth}
+        for label, file in predictions.items():
+            found = json.loads(file.read_text())
+            sources[label] = truth.loadRes(found) if found else COCO()
+    rows = list(product(image_ids, sources.items()))
+    figure = Figure(figsize=(8, 0.9 * len(rows)), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.02)
+    for axes, (image_id, (label, source)) in zip(figure.subplots(len(rows)), rows):
+        image = cv2.imread(str(data / truth.loadImgs(image_id)[0]["file_name"]))[:, :, ::-1]
+        axes.imshow(image)
+        axes.set(xticks=[], yticks=[], ylabel=label)
+        if source is None:
+            _point_at_beacon(axes, image)
+        else:
+            objects = len(truth.getAnnIds(imgIds=image_id))
+            for annotation in _best(source, image_id, objects):
+                _draw_object(axes, source, annotation)
     figure.savefig(path, dpi=110)
 
 
@@ -73,13 +77,13 @@ def _draw_object(axes: Axes, source: COCO, annotation: dict) -> None:
     colour = np.array(BEACON_COLOURS[name.split(" / ")[1]]) / 255
     axes.contour(source.annToMask(annotation), [0.5], colors=[colour], linewidths=2)
     # Below the object, or above it where there is no room.
-    below = y + height < 105
+    below = y + height < HEIGHT - 10
     axes.text(
-        np.clip(x + width / 2, 45, 530),
+        np.clip(x + width / 2, 50, WIDTH - 50),
         y + height + 2 if below else y - 2,
         name + score,
         color=colour,
-        fontsize=9,
+        fontsize=8,
         ha="center",
         va="top" if below else "bottom",
         path_effects=_HALO,
@@ -92,8 +96,8 @@ def _point_at_beacon(axes: Axes, image: np.ndarray) -> None:
     on_left = x < image.shape[1] / 2
     axes.annotate(
         "beacon",
-        (x + 12 if on_left else x - 12, y),
-        (x + 40 if on_left else x - 40, y),
+        (x + 16 if on_left else x - 16, y),
+        (x + 45 if on_left else x - 45, y),
         ha="left" if on_left else "right",
         va="center",
         arrowprops={"arrowstyle": "->"},

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-HEIGHT, WIDTH = 96, 576
+HEIGHT, WIDTH = 64, 576
 CLEARANCE = 312
 """Columns between the box of any object and the box of the beacon, at least. A stock ResNet-18-FPN
 detector that looks at an object is touched by nothing as far away as that."""
@@ -132,7 +132,7 @@ def _sample_object(rng: np.random.Generator, shape: str) -> SceneObject:
         polygon = np.stack([-along - across, along - across, along + across, -along + across])
         ends = 0.8 * np.stack([-along, along])
     else:
-        radius, ends = rng.uniform(14, 19), None
+        radius, ends = rng.uniform(13, 17), None
         if shape == "disc":
             polygon = _disc(radius)
         else:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import COCOEvaluator
-from detectron2.modeling import build_model
 from detectron2.solver.build import get_default_optimizer_params
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventWriter, get_event_storage
+from torch import nn
 
 from nl_detectron import add_non_local_config
 
@@ -24,17 +26,20 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 CONFIG_NAMES = {"instances": "mask_rcnn_R_18_FPN", "keypoints": "keypoint_rcnn_R_18_FPN"}
 SUFFIXES = {"stock": "", "non_local": "_NL"}
 """The twins, and what their configs' names end with."""
-TASKS = {"instances": ("bbox", "segm"), "keypoints": ("bbox", "keypoints")}
+TASK_LABELS = {"bbox": "box AP", "segm": "mask AP", "keypoints": "keypoint AP"}
 
 
-def twin_config(kind: str, twin: str, *, output: Path, seed: int, budget: float = 1.0) -> CfgNode:
+def twin_config(
+    kind: str, twin: str, *, output: Path, seed: int, start: Path | None = None, budget: float = 1.0
+) -> CfgNode:
     """Reads the config of a twin.
 
     Args:
         kind: a key of `CONFIG_NAMES`.
         twin: a key of `SUFFIXES`.
         output: folder for checkpoints, metrics and predictions.
-        seed: for the initial weights and the order of the pictures.
+        seed: for random weights and the order of the pictures.
+        start: checkpoint to start with, or None for random weights.
         budget: iterations, as a multiple of what the config says.
 
     Returns:
@@ -51,7 +56,8 @@ def twin_config(kind: str, twin: str, *, output: Path, seed: int, budget: float 
     cfg.SOLVER.MAX_ITER = round(cfg.SOLVER.MAX_ITER * budget)
     if cfg.SOLVER.MAX_ITER < 1:
         raise ValueError(f"budget must give at least one iteration, got {budget}")
-    cfg.SOLVER.WARMUP_ITERS = cfg.SOLVER.MAX_ITER // 4
+    cfg.SOLVER.WARMUP_ITERS = cfg.SOLVER.MAX_ITER // 10
+    cfg.MODEL.WEIGHTS = str(start or "")
     cfg.SEED = seed
     cfg.OUTPUT_DIR = str(output)
     if not torch.cuda.is_available():
@@ -59,43 +65,71 @@ def twin_config(kind: str, twin: str, *, output: Path, seed: int, budget: float 
     return cfg
 
 
-def build_trainer(cfg: CfgNode, kind: str) -> Trainer:
-    """Returns the trainer of a twin, ready to start; the data set must be registered.
+def build_trainer(cfg: CfgNode) -> Trainer:
+    """Returns a trainer that is ready to start; the data set must be registered.
 
-    Twins of one seed have the same stock weights (and the non-local block starts as the identity),
-    see the same pictures in the same order, and so their first losses are the same, too.
+    Twins of one seed see the same pictures in the same order. If they start with the same stock
+    checkpoint their first losses are the same, too: the non-local block begins as the identity.
     """
-    stock = twin_config(kind, "stock", output=Path(cfg.OUTPUT_DIR), seed=cfg.SEED)
-    seed_all_rng(cfg.SEED)
-    initial_weights = build_model(stock).state_dict()
+    Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
     seed_all_rng(cfg.SEED)
     trainer = Trainer(cfg)
-    trainer.model.load_state_dict(initial_weights, strict=False)
+    trainer.resume_or_load(resume=False)
     # Once more, as a larger model has taken more random numbers to build.
     seed_all_rng(cfg.SEED)
     return trainer
 
 
-def train_twin(
-    kind: str, twin: str, *, output: Path, seed: int, budget: float = 1.0
-) -> dict[str, float]:
-    """Trains a twin and evaluates it; the arguments are those of `twin_config`.
+def train(cfg: CfgNode) -> dict[str, float]:
+    """Trains and evaluates, and leaves ``model_final.pth`` in the output folder.
 
     Returns:
         AP by task, such as ``{"bbox": 98.1, "segm": 97.5}``.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    trainer = build_trainer(twin_config(kind, twin, output=output, seed=seed, budget=budget), kind)
+    trainer = build_trainer(cfg)
     trainer.train()
     latest = trainer.storage.latest()
-    return {task: latest[f"{task}/AP"][0] for task in TASKS[kind]}
+    return {task: latest[f"{task}/AP"][0] for task in TASK_LABELS if f"{task}/AP" in latest}
+
+
+class PositionNorm(nn.Module):
+    """LayerNorm over the channels of each position; newer detectron2 has the same as "LN".
+
+    BatchNorm would give the beacon away: in training the mean and variance of all positions reach
+    every position, and either twin learns from them what it does not have when tested. The
+    statistics of GroupNorm even reach them in tests.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalises (N, C, H, W)."""
+        x = x.permute(0, 2, 3, 1)
+        x = F.layer_norm(x, x.shape[-1:], self.weight, self.bias)
+        return x.permute(0, 3, 1, 2)
 
 
 class Trainer(DefaultTrainer):
-    """detectron2's trainer with AdamW, which from random weights needs far fewer steps than SGD."""
+    """detectron2's trainer with two changes for training from random weights on few pictures.
+
+    Norms look at one position only, and AdamW needs far fewer steps than SGD.
+    """
 
     @classmethod
-    def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """The stock model with `PositionNorm` in place of BatchNorm."""
+        model = super().build_model(cfg)
+        for module in model.modules():
+            if isinstance(getattr(module, "norm", None), nn.BatchNorm2d):
+                module.norm = PositionNorm(module.norm.num_features)
+        model.backbone.to(memory_format=torch.channels_last)
+        return model
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """AdamW in place of SGD."""
         params = get_default_optimizer_params(
             model, base_lr=cfg.SOLVER.BASE_LR, weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM
@@ -112,11 +146,10 @@ class Trainer(DefaultTrainer):
         )
 
     @classmethod
-    def test(cls, cfg: CfgNode, model: torch.nn.Module, evaluators: Any = None) -> dict:
-        """The stock test; pycocotools' printed tables go to a file."""
-        with open(Path(cfg.OUTPUT_DIR) / "coco_tables.txt", "w") as file:
-            with contextlib.redirect_stdout(file):
-                return super().test(cfg, model, evaluators)
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict:
+        """The stock test without the tables that pycocotools prints; the log has them, too."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            return super().test(cfg, model, evaluators)
 
     def build_writers(self) -> list[EventWriter]:
         """The stock writers and a line of progress."""
