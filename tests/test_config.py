@@ -183,15 +183,15 @@ def test_missing_node(nl_cfg, part):
     ("key", "value", "part", "message"),
     [
         ("PAIRWISE", "softmax", "backbone", "PAIRWISE.*'gaussian'.*got 'softmax'"),
-        ("REDUCTION", 0, "head", "reduction must be .*got 0"),
-        ("SUBSAMPLE", 0, "backbone", "subsample must be .*got 0"),
+        ("REDUCTION", 0, "head", "reduction .*must be .*got 0"),
+        ("SUBSAMPLE", 0, "backbone", "subsample .*must be .*got 0"),
         ("SUBSAMPLE_POSITION", "last", "head", "SUBSAMPLE_POSITION.*'after_conv'.*got 'last'"),
         ("NORM", "FrozenBN", "backbone", "'FrozenBN'.*one of"),
         ("NORM", "bn", "backbone", "NORM.*'BN'.*got 'bn'"),
         ("AFTER_BLOCKS.RES4", (6,), "backbone", r"AFTER_BLOCKS.RES4.*\[-6, 5\], got \[6\]"),
         ("KEYPOINT_HEAD.AFTER_CONVS", (9,), "head", "AFTER_CONVS.*1 to 8.*got"),
         ("KEYPOINT_HEAD.NORM", "LN", "head", "NORM.*'GN'.*got 'LN'"),
-        ("KEYPOINT_HEAD.SUBSAMPLE", -1, "head", "subsample must be .*got -1"),
+        ("KEYPOINT_HEAD.SUBSAMPLE", -1, "head", "subsample .*must be .*got -1"),
     ],
 )
 def test_wrong_values(nl_cfg, key, value, part, message):
