@@ -19,8 +19,8 @@ CLEARANCE = 312
 detector that looks at an object is touched by nothing as far away as that."""
 
 BEACON_COLOURS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 119, 220)}
-BEACON_RADIUS = 14
-BEACON_MARGIN = 6
+BEACON_RADIUS = 24
+BEACON_MARGIN = 4
 INSTANCE_SHAPES = ("disc", "triangle")
 KEYPOINT_SHAPE = "bar"
 HEAD_SIDE = {"red": "left", "green": "right"}

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import COCOEvaluator
@@ -58,6 +57,11 @@ def twin_config(
         raise ValueError(f"budget must give at least one iteration, got {budget}")
     cfg.SOLVER.WARMUP_ITERS = cfg.SOLVER.MAX_ITER // 10
     cfg.MODEL.WEIGHTS = str(start or "")
+    if start is None:
+        # BatchNorm to begin with; its statistics are frozen once there are some, as ever in
+        # detectron2. They must be: in training BatchNorm tells every position about the whole
+        # batch, and either twin would learn from that what it does not have when tested.
+        cfg.MODEL.RESNETS.NORM = "BN"
     cfg.SEED = seed
     cfg.OUTPUT_DIR = str(output)
     if not torch.cuda.is_available():
@@ -92,41 +96,8 @@ def train(cfg: CfgNode) -> dict[str, float]:
     return {task: latest[f"{task}/AP"][0] for task in TASK_LABELS if f"{task}/AP" in latest}
 
 
-class PositionNorm(nn.Module):
-    """LayerNorm over the channels of each position; newer detectron2 has the same as "LN".
-
-    BatchNorm would give the beacon away: in training the mean and variance of all positions reach
-    every position, and either twin learns from them what it does not have when tested. The
-    statistics of GroupNorm even reach them in tests.
-    """
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalises (N, C, H, W)."""
-        x = x.permute(0, 2, 3, 1)
-        x = F.layer_norm(x, x.shape[-1:], self.weight, self.bias)
-        return x.permute(0, 3, 1, 2)
-
-
 class Trainer(DefaultTrainer):
-    """detectron2's trainer with two changes for training from random weights on few pictures.
-
-    Norms look at one position only, and AdamW needs far fewer steps than SGD.
-    """
-
-    @classmethod
-    def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """The stock model with `PositionNorm` in place of BatchNorm."""
-        model = super().build_model(cfg)
-        for module in model.modules():
-            if isinstance(getattr(module, "norm", None), nn.BatchNorm2d):
-                module.norm = PositionNorm(module.norm.num_features)
-        model.backbone.to(memory_format=torch.channels_last)
-        return model
+    """detectron2's trainer with AdamW, which from random weights needs far fewer steps than SGD."""
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -166,11 +137,16 @@ class Progress(EventWriter):
     def write(self) -> None:
         """Called by the stock ``PeriodicWriter``."""
         storage = get_event_storage()
-        done = storage.iter + 1
+        # After the last iteration, this is called once more.
+        done = min(storage.iter + 1, self._max_iter)
         left = (time.monotonic() - self._start) / done * (self._max_iter - done)
         loss = storage.history("total_loss").median(20)
         print(
             f"\r  iteration {done}/{self._max_iter}, loss {loss:.2f}, {left / 60:.1f} min left ",
-            end="" if done < self._max_iter else "\n",
+            end="",
             flush=True,
         )
+
+    def close(self) -> None:
+        """Ends the line."""
+        print()
