@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import time
 from pathlib import Path
 
 from long_range.dataset import SPLIT_SIZES, register, write_dataset
 from long_range.pictures import draw_figure
-from long_range.twins import SUFFIXES, TASK_LABELS, train, twin_config
+from long_range.twins import SUFFIXES, train_twin
 
 LABELS = {"stock": "stock", "non_local": "non-local"}
+TASK_LABELS = {"bbox": "box AP", "segm": "mask AP", "keypoints": "keypoint AP"}
 
 
 def parse_args() -> argparse.Namespace:
@@ -43,20 +45,20 @@ def main() -> None:
         write_dataset(data, kind, split, seed=args.seed, size=size)
         register(data, kind, split)
 
-    options = {"seed": args.seed, "budget": args.budget}
-    print("stock detector, the start of both twins", flush=True)
-    train(twin_config(kind, "stock", output=folder / "start", **options))
     results = {}
     for twin in [args.only] if args.only else SUFFIXES:
         print(f"{LABELS[twin]} twin", flush=True)
-        start = folder / "start" / "model_final.pth"
-        results[twin] = train(twin_config(kind, twin, output=folder / twin, start=start, **options))
+        start = time.monotonic()
+        results[twin] = train_twin(
+            kind, twin, output=folder / twin, seed=args.seed, budget=args.budget
+        )
+        print(f"  done in {(time.monotonic() - start) / 60:.1f} min")
     print_table(results)
 
     files = {LABELS[twin]: folder / twin / "coco_instances_results.json" for twin in results}
-    for page in range(3):
-        path = folder / f"pictures{page}.png"
-        draw_figure(path, data, files, (2 * page, 2 * page + 1))
+    for first in (0, 2, 4):
+        path = folder / f"pictures{first // 2}.png"
+        draw_figure(path, data, files, (first, first + 1))
         print(path)
 
 

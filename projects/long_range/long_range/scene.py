@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-HEIGHT, WIDTH = 64, 576
+HEIGHT, WIDTH = 160, 576
 CLEARANCE = 312
-"""Columns between the box of any object and the box of the beacon, at least. A stock ResNet-18-FPN
+"""Columns between the box of any object and the box of the beacon, at least. A stock ResNet-50-FPN
 detector that looks at an object is touched by nothing as far away as that."""
 
 BEACON_COLOURS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 119, 220)}
-BEACON_RADIUS = 24
+BEACON_RADIUS = 12
 BEACON_MARGIN = 4
 INSTANCE_SHAPES = ("disc", "triangle")
 KEYPOINT_SHAPE = "bar"
@@ -119,7 +119,7 @@ def gaps(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
 def _sample_grain(rng: np.random.Generator) -> np.ndarray:
     ground = rng.integers(165, 206)
     # Coarse and of few levels: the files stay small.
-    noise = 4 * rng.integers(-2, 3, size=(HEIGHT // 2, WIDTH // 2))
+    noise = rng.integers(-2, 3, size=(HEIGHT // 2, WIDTH // 2))
     return (ground + noise).repeat(2, axis=0).repeat(2, axis=1).astype(np.uint8)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import time
 from pathlib import Path
 from typing import Any
@@ -12,33 +11,30 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import COCOEvaluator
+from detectron2.modeling import build_model
 from detectron2.solver.build import get_default_optimizer_params
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventWriter, get_event_storage
-from torch import nn
 
 from nl_detectron import add_non_local_config
 
 from .dataset import check_choice
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-CONFIG_NAMES = {"instances": "mask_rcnn_R_18_FPN", "keypoints": "keypoint_rcnn_R_18_FPN"}
+CONFIG_NAMES = {"instances": "mask_rcnn_R_50_FPN", "keypoints": "keypoint_rcnn_R_50_FPN"}
 SUFFIXES = {"stock": "", "non_local": "_NL"}
 """The twins, and what their configs' names end with."""
-TASK_LABELS = {"bbox": "box AP", "segm": "mask AP", "keypoints": "keypoint AP"}
+TASKS = {"instances": ("bbox", "segm"), "keypoints": ("bbox", "keypoints")}
 
 
-def twin_config(
-    kind: str, twin: str, *, output: Path, seed: int, start: Path | None = None, budget: float = 1.0
-) -> CfgNode:
+def twin_config(kind: str, twin: str, *, output: Path, seed: int, budget: float = 1.0) -> CfgNode:
     """Reads the config of a twin.
 
     Args:
         kind: a key of `CONFIG_NAMES`.
         twin: a key of `SUFFIXES`.
         output: folder for checkpoints, metrics and predictions.
-        seed: for random weights and the order of the pictures.
-        start: checkpoint to start with, or None for random weights.
+        seed: for the initial weights and the order of the pictures.
         budget: iterations, as a multiple of what the config says.
 
     Returns:
@@ -56,12 +52,6 @@ def twin_config(
     if cfg.SOLVER.MAX_ITER < 1:
         raise ValueError(f"budget must give at least one iteration, got {budget}")
     cfg.SOLVER.WARMUP_ITERS = cfg.SOLVER.MAX_ITER // 10
-    cfg.MODEL.WEIGHTS = str(start or "")
-    if start is None:
-        # BatchNorm to begin with; its statistics are frozen once there are some, as ever in
-        # detectron2. They must be: in training BatchNorm tells every position about the whole
-        # batch, and either twin would learn from that what it does not have when tested.
-        cfg.MODEL.RESNETS.NORM = "BN"
     cfg.SEED = seed
     cfg.OUTPUT_DIR = str(output)
     if not torch.cuda.is_available():
@@ -69,38 +59,43 @@ def twin_config(
     return cfg
 
 
-def build_trainer(cfg: CfgNode) -> Trainer:
-    """Returns a trainer that is ready to start; the data set must be registered.
+def build_trainer(cfg: CfgNode, kind: str) -> Trainer:
+    """Returns the trainer of a twin, ready to start; the data set must be registered.
 
-    Twins of one seed see the same pictures in the same order. If they start with the same stock
-    checkpoint their first losses are the same, too: the non-local block begins as the identity.
+    Twins of one seed have the same stock weights (and the non-local block starts as the identity),
+    see the same pictures in the same order, and so their first losses are the same, too.
     """
-    Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
+    stock = twin_config(kind, "stock", output=Path(cfg.OUTPUT_DIR), seed=cfg.SEED)
+    seed_all_rng(cfg.SEED)
+    initial_weights = build_model(stock).state_dict()
     seed_all_rng(cfg.SEED)
     trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=False)
+    trainer.model.load_state_dict(initial_weights, strict=False)
     # Once more, as a larger model has taken more random numbers to build.
     seed_all_rng(cfg.SEED)
     return trainer
 
 
-def train(cfg: CfgNode) -> dict[str, float]:
-    """Trains and evaluates, and leaves ``model_final.pth`` in the output folder.
+def train_twin(
+    kind: str, twin: str, *, output: Path, seed: int, budget: float = 1.0
+) -> dict[str, float]:
+    """Trains a twin and evaluates it; the arguments are those of `twin_config`.
 
     Returns:
         AP by task, such as ``{"bbox": 98.1, "segm": 97.5}``.
     """
-    trainer = build_trainer(cfg)
+    output.mkdir(parents=True, exist_ok=True)
+    trainer = build_trainer(twin_config(kind, twin, output=output, seed=seed, budget=budget), kind)
     trainer.train()
     latest = trainer.storage.latest()
-    return {task: latest[f"{task}/AP"][0] for task in TASK_LABELS if f"{task}/AP" in latest}
+    return {task: latest[f"{task}/AP"][0] for task in TASKS[kind]}
 
 
 class Trainer(DefaultTrainer):
     """detectron2's trainer with AdamW, which from random weights needs far fewer steps than SGD."""
 
     @classmethod
-    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
         """AdamW in place of SGD."""
         params = get_default_optimizer_params(
             model, base_lr=cfg.SOLVER.BASE_LR, weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM
@@ -117,10 +112,11 @@ class Trainer(DefaultTrainer):
         )
 
     @classmethod
-    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict:
-        """The stock test without the tables that pycocotools prints; the log has them, too."""
-        with contextlib.redirect_stdout(io.StringIO()):
-            return super().test(cfg, model, evaluators)
+    def test(cls, cfg: CfgNode, model: torch.nn.Module, evaluators: Any = None) -> dict:
+        """The stock test; pycocotools' printed tables go to a file."""
+        with open(Path(cfg.OUTPUT_DIR) / "coco_tables.txt", "w") as file:
+            with contextlib.redirect_stdout(file):
+                return super().test(cfg, model, evaluators)
 
     def build_writers(self) -> list[EventWriter]:
         """The stock writers and a line of progress."""
@@ -137,16 +133,11 @@ class Progress(EventWriter):
     def write(self) -> None:
         """Called by the stock ``PeriodicWriter``."""
         storage = get_event_storage()
-        # After the last iteration, this is called once more.
-        done = min(storage.iter + 1, self._max_iter)
+        done = storage.iter + 1
         left = (time.monotonic() - self._start) / done * (self._max_iter - done)
         loss = storage.history("total_loss").median(20)
         print(
             f"\r  iteration {done}/{self._max_iter}, loss {loss:.2f}, {left / 60:.1f} min left ",
-            end="",
+            end="" if done < self._max_iter else "\n",
             flush=True,
         )
-
-    def close(self) -> None:
-        """Ends the line."""
-        print()

