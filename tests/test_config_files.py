@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from nl_detectron import NonLocalBlock, add_non_local_config
+from nl_detectron.checkpoint import StrictCheckpointer
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -273,6 +274,20 @@ def test_blocks_add_parameters_and_change_none(leaf):
     assert ours == parameters(stock)
     assert len(added) == 8 * len(YAML_BLOCKS[leaf])  # weight and bias of theta, phi, g, conv_out
     assert all(requires_grad for _, requires_grad in added.values())
+
+
+@pytest.mark.slow
+@each_yaml_leaf
+def test_checkpoint_with_stock_names_loads(leaf, tmp_path):
+    with torch.device("meta"):
+        model = build_model(load_yaml(CONFIGS / f"{leaf}.yaml")).to_empty(device="cpu")
+        stock = build_model(without_blocks(load_yaml(CONFIGS / f"{leaf}.yaml")))
+    checkpoint = {name: torch.rand(shape) for name, shape in shapes(stock).items()}
+    torch.save({"model": checkpoint}, tmp_path / "stock.pth")
+    StrictCheckpointer(model).load(str(tmp_path / "stock.pth"))
+    loaded = model.state_dict()
+    for name, value in checkpoint.items():
+        assert torch.equal(loaded[name], value), name
 
 
 @pytest.mark.parametrize("leaf", INSTANT)
