@@ -9,7 +9,7 @@ def make_instant(dataloader, lr_multiplier, model, optimizer, train):
     if "roi_heads" in model:
         model.proposal_generator.post_nms_topk = (200, 100)
         model.roi_heads.batch_size_per_image = 16
-        model.roi_heads.box_predictor.test_topk_per_image = 10
+        model.roi_heads.box_predictor.update(test_score_thresh=0.0, test_topk_per_image=10)
         if "mask_head" in model.roi_heads:
             model.roi_heads.mask_head.conv_norm = "GN"
         if "keypoint_head" in model.roi_heads:
