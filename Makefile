@@ -25,7 +25,7 @@ READY = $(VENV)/.nl_detectron_ready
 .PHONY: demo test test-slow lint env clean
 
 demo: env
-	$(RUN) projects/long_range/demo.py
+	$(RUN) -W ignore projects/long_range/demo.py
 
 test: lint
 	$(RUN) -m pytest

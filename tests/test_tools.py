@@ -354,6 +354,18 @@ class TestAnalyze:
         cfg.MODEL.NON_LOCAL.NORM = "BN"
         assert analyze.count(cfg, args)[0] - stock == 2_101_760
 
+    def test_mask_head_is_counted_per_detection(self, analyze):
+        """Four 3x3 convolutions and a 2x2 deconvolution of 256 channels, 80 classes."""
+        path = ROOT / "configs/COCO-InstanceSegmentation/mask_rcnn_R_50_NL_FPN_1x.yaml"
+        few, many = (
+            argparse.Namespace(image_size=(64, 64), proposals=7, detections=detections)
+            for detections in (3, 5)
+        )
+        cfg = analyze.load_config(path)
+        gmac = analyze.count(cfg, many)[1] - analyze.count(cfg, few)[1]
+        per_roi = 196 * 256 * 256 * (4 * 9 + 4) + 784 * 256 * 80
+        assert gmac == pytest.approx(2 * per_roi / 1e9)
+
     def test_roi_heads_are_counted_per_roi(self, analyze, args):
         """Four blocks at 14 x 14 with C = 512, D = 256, not subsampled."""
         path = ROOT / "configs/COCO-Keypoints/keypoint_rcnn_R_50_FPN_NLhead_1x.yaml"
