@@ -25,13 +25,13 @@ _HALO = [patheffects.withStroke(linewidth=2, foreground="white")]
 def draw_figure(
     path: Path, data: Path, predictions: Mapping[str, Path], image_ids: Sequence[int]
 ) -> None:
-    """Draws each picture, and below it the truth and what the twins say.
+    """Draws pictures side by side, and below each one the truth and what the twins say.
 
     Args:
         path: PNG file to write.
         data: folder of the data set.
         predictions: label of a twin to its ``coco_instances_results.json``.
-        image_ids: the pictures.
+        image_ids: one column for each.
     """
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(data / "annotations.json"))
@@ -39,20 +39,20 @@ def draw_figure(
         for label, file in predictions.items():
             found = json.loads(file.read_text())
             sources[label] = truth.loadRes(found) if found else COCO()
-    rows = list(product(image_ids, sources.items()))
-    figure = Figure(figsize=(8, 0.9 * len(rows)), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.02)
-    for axes, (image_id, (label, source)) in zip(figure.subplots(len(rows)), rows):
+    figure = Figure(figsize=(5 * len(image_ids), 1.43 * len(sources)), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    grid = figure.subplots(len(sources), len(image_ids), squeeze=False)
+    for axes, (label, image_id) in zip(grid.flat, product(sources, image_ids)):
         image = cv2.imread(str(data / truth.loadImgs(image_id)[0]["file_name"]))[:, :, ::-1]
         axes.imshow(image)
-        axes.set(xticks=[], yticks=[], ylabel=label)
-        if source is None:
+        axes.set(xticks=[], yticks=[], ylabel=label if image_id == image_ids[0] else "")
+        if label == "picture":
             _point_at_beacon(axes, image)
         else:
             objects = len(truth.getAnnIds(imgIds=image_id))
-            for annotation in _best(source, image_id, objects):
-                _draw_object(axes, source, annotation)
-    figure.savefig(path, dpi=110)
+            for annotation in _best(sources[label], image_id, objects):
+                _draw_object(axes, sources[label], annotation)
+    figure.savefig(path, dpi=96)
 
 
 def _best(source: COCO, image_id: int, count: int) -> list[dict]:
