@@ -9,6 +9,7 @@ import torch
 from detectron2.config import get_cfg
 
 from nl_detectron import add_non_local_config
+from tests.generated_coco import write_coco
 
 
 @pytest.fixture(autouse=True)
@@ -69,3 +70,14 @@ def small_cfg(cfg):
     cfg.MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS = [32] * 8
     cfg.TEST.DETECTIONS_PER_IMAGE = 10
     return cfg
+
+
+@pytest.fixture(scope="session")
+def own_data(tmp_path_factory):
+    """Two classes of things with two keypoints: nothing that detectron2 has built in."""
+    folder = tmp_path_factory.mktemp("own")
+    names = ["left_end", "right_end"]
+    categories = [{"id": 3, "name": "bar", "keypoints": names, "skeleton": []}]
+    return write_coco(
+        folder / "images", "bars.json", num_images=4, categories=categories, keypoints=2
+    )

@@ -6,28 +6,23 @@ import argparse
 import importlib.util
 import json
 import os
-import pickle
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.builtin_meta import (
     COCO_CATEGORIES,
     COCO_PERSON_KEYPOINT_NAMES,
 )
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
-from PIL import Image
 
 from nl_detectron import add_non_local_config
-from nl_detectron.checkpoint import StrictCheckpointer
-from nl_detectron.coco_files import register_coco_files
+from tests.generated_coco import write_coco
 
 ROOT = Path(__file__).parent.parent
 QUICK = ROOT / "configs" / "quick_schedules"
@@ -58,49 +53,6 @@ def run(*command, hook=False, datasets=None, cwd=ROOT):
         env["DETECTRON2_DATASETS"] = str(datasets)
     command = [sys.executable, "-W", "ignore", *map(str, command)]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
-
-
-def write_coco(folder, json_name, *, num_images, categories, keypoints=0):
-    """Squares, each its own mask; keypoint k is the k-th corner of it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    images, annotations = [], []
-    for i in range(1, num_images + 1):
-        pixels = rng.integers(0, 80, (64, 96, 3), dtype=np.uint8)
-        x, y, size = (int(v) for v in rng.integers((4, 4, 24), (40, 20, 40)))
-        pixels[y : y + size, x : x + size] += 120
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-        images.append({"id": i, "file_name": f"{i}.png", "height": 64, "width": 96})
-        corners = [(x, y), (x + size, y), (x + size, y + size), (x, y + size)]
-        annotation = {
-            "id": i,
-            "image_id": i,
-            "category_id": categories[0]["id"],
-            "bbox": [x, y, size, size],
-            "area": size * size,
-            "iscrowd": 0,
-            "segmentation": [[float(v) for corner in corners for v in corner]],
-        }
-        if keypoints:
-            points = [[*corners[k % 4], 2] for k in range(keypoints)]
-            annotation["keypoints"] = [v for point in points for v in point]
-            annotation["num_keypoints"] = keypoints
-        annotations.append(annotation)
-    json_file = folder.parent / json_name
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    json_file.write_text(json.dumps({"info": {}, "licenses": [], **content}))
-    return json_file
-
-
-@pytest.fixture(scope="module")
-def own_data(tmp_path_factory):
-    """Two classes of things with two keypoints: nothing that detectron2 has built in."""
-    folder = tmp_path_factory.mktemp("own")
-    names = ["left_end", "right_end"]
-    categories = [{"id": 3, "name": "bar", "keypoints": names, "skeleton": []}]
-    return write_coco(
-        folder / "images", "bars.json", num_images=4, categories=categories, keypoints=2
-    )
 
 
 def own_data_arguments(json_file, *splits):
@@ -243,90 +195,6 @@ def build_rpn(options, config):
     cfg.MODEL.DEVICE = "cpu"
     seed_all_rng(3)
     return build_model(cfg).state_dict()
-
-
-class TestStrictCheckpointer:
-    @pytest.fixture
-    def models(self, small_cfg):
-        stock = build_model(small_cfg)
-        small_cfg.MODEL.BACKBONE.NAME = "build_non_local_resnet_fpn_backbone"
-        small_cfg.MODEL.ROI_KEYPOINT_HEAD.NAME = "NonLocalKeypointHead"
-        return stock, build_model(small_cfg)
-
-    def load(self, model, state, tmp_path, **kwargs):
-        torch.save({"model": state}, tmp_path / "model.pth")
-        StrictCheckpointer(model, **kwargs).load(str(tmp_path / "model.pth"))
-
-    def test_stock_checkpoint_is_accepted(self, models, tmp_path):
-        stock, non_local = models
-        self.load(non_local, stock.state_dict(), tmp_path)
-        assert torch.equal(
-            non_local.state_dict()["backbone.bottom_up.res4.5.conv1.weight"],
-            stock.state_dict()["backbone.bottom_up.res4.5.conv1.weight"],
-        )
-
-    @pytest.mark.parametrize(
-        "lost", ["backbone.bottom_up.res4.5.conv1.weight", "roi_heads.box_predictor.cls_score.bias"]
-    )
-    def test_lost_tensor_is_named(self, models, tmp_path, lost):
-        state = models[0].state_dict()
-        del state[lost]
-        with pytest.raises(ValueError, match=f"lacks 1 of .*{lost}"):
-            self.load(models[1], state, tmp_path)
-        self.load(models[1], state, tmp_path, may_lack=[lost.rsplit(".", 1)[0]])
-        self.load(models[1], state, tmp_path, may_lack=[""])
-
-    def test_other_number_of_classes_is_named(self, models, tmp_path):
-        state = models[0].state_dict()
-        state["roi_heads.box_predictor.cls_score.weight"] = torch.zeros(81, 32)
-        with pytest.raises(ValueError, match="cls_score.weight"):
-            self.load(models[1], state, tmp_path)
-        self.load(models[1], state, tmp_path, may_lack=["roi_heads.box_predictor"])
-
-    def test_backbone_alone_is_accepted_if_whole(self, models, tmp_path):
-        """As ImageNet weights are stored: without the prefix, matched by the ends of the names."""
-        prefix = "backbone.bottom_up."
-        state = {
-            name[len(prefix) :]: value.numpy()
-            for name, value in models[0].state_dict().items()
-            if name.startswith(prefix)
-        }
-        checkpoint = {"model": state, "__author__": "test", "matching_heuristics": True}
-        path = tmp_path / "imagenet.pkl"
-        path.write_bytes(pickle.dumps(checkpoint))
-        StrictCheckpointer(models[1]).load(str(path))
-
-        del state["res4.5.conv1.weight"]
-        path.write_bytes(pickle.dumps(checkpoint))
-        with pytest.raises(ValueError, match="res4.5.conv1.weight"):
-            StrictCheckpointer(models[1]).load(str(path))
-
-
-class TestOwnData:
-    def test_metadata(self, own_data):
-        for _ in range(2):
-            register_coco_files("test_metadata", str(own_data), str(own_data.parent / "images"))
-        metadata = MetadataCatalog.get("test_metadata")
-        assert metadata.thing_classes == ["bar"]
-        assert metadata.keypoint_names == ["left_end", "right_end"]
-        assert metadata.keypoint_flip_map == [("left_end", "right_end")]
-
-    def test_errors(self, own_data, tmp_path):
-        images = str(own_data.parent / "images")
-        with pytest.raises(FileNotFoundError, match="lost.json does not exist"):
-            register_coco_files("test_errors", str(tmp_path / "lost.json"), images)
-        empty = tmp_path / "empty.json"
-        empty.write_text('{"images": [], "annotations": []}')
-        with pytest.raises(ValueError, match="empty.json has no categories"):
-            register_coco_files("test_errors", str(empty), images)
-        mixed = tmp_path / "mixed.json"
-        categories = [{"id": i, "name": str(i), "keypoints": ["a"] * i} for i in (1, 2)]
-        mixed.write_text(json.dumps({"categories": categories}))
-        with pytest.raises(ValueError, match="different keypoints"):
-            register_coco_files("test_errors", str(mixed), images)
-        register_coco_files("test_taken", str(own_data), images)
-        with pytest.raises(ValueError, match="'test_taken' is taken"):
-            register_coco_files("test_taken", str(mixed), images)
 
 
 class TestAnalyze:
