@@ -134,6 +134,8 @@ class Progress(EventWriter):
         """Called by the stock ``PeriodicWriter``."""
         storage = get_event_storage()
         done = storage.iter + 1
+        if done > self._max_iter:  # once more after the end, for what the evaluation logged
+            return
         left = (time.monotonic() - self._start) / done * (self._max_iter - done)
         loss = storage.history("total_loss").median(20)
         print(
