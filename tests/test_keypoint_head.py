@@ -102,7 +102,7 @@ def test_zero_init_survives_the_stock_init(norm):
         block = getattr(head, f"non_local{i}")
         zero = block.norm.weight if norm else block.conv_out.weight
         assert_close(zero, torch.zeros_like(zero))
-        # He's by fan-in as in any other block: sqrt(2 / 32). The stock init, by fan-out, gives 0.35.
+        # He by fan-in, as in any other block: sqrt(2 / 32). The stock init, by fan-out, is 0.35.
         assert_close(block.theta.weight.std(), torch.tensor(0.25), rtol=0.2, atol=0)
 
 
