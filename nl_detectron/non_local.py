@@ -115,7 +115,7 @@ class NonLocalBlock(CNNBlockBase):
     def _init_weights(self) -> None:
         for module in self.children():
             if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-                # He's, as in Sec. 4.1; the released code's N(0, 0.01) hardly learns from scratch.
+                # He's, as in Sec. 4.1; the released code's N(0, 0.01) learns far later.
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
