@@ -25,6 +25,8 @@ _DEFAULTS: dict[str, Any] = {
     # Norm after the output convolution of the backbone's blocks: "", BN, SyncBN or GN. Independent
     # of RESNETS.NORM, whose FrozenBN would keep a block at the identity for ever.
     "NORM": "",
+    # Keep only the input and output of the operation for the backward pass: less memory, more time.
+    "ACTIVATION_CHECKPOINT": False,
     # By stage, the residual blocks to put a non-local block after; 0-based, negative from the end.
     # (-2,) is "right before the last residual block" for every depth.
     "AFTER_BLOCKS": {"RES2": (), "RES3": (), "RES4": (-2,), "RES5": ()},
@@ -77,6 +79,7 @@ def _shared_options(node: CfgNode) -> dict[str, Any]:
         "reduction": node.REDUCTION,
         "scale": node.SCALE,
         "subsample_position": node.SUBSAMPLE_POSITION,
+        "activation_checkpoint": node.ACTIVATION_CHECKPOINT,
     }
 
 

@@ -6,9 +6,16 @@ Shapes: N batch, C in, D inner, P positions, Q queries, K keys; "map" is (N, C, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
 import torch.nn.functional as F
-from detectron2.layers import CNNBlockBase, get_norm
+from detectron2.layers import CNNBlockBase, FrozenBatchNorm2d, get_norm
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from nl_detectron import ops
 
@@ -17,6 +24,7 @@ SUBSAMPLE_POSITIONS = ("before_conv", "after_conv")
 AXES = ("spacetime", "space", "time")
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_CONV_FUNCTION = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 
@@ -43,6 +51,7 @@ class NonLocalBlock(CNNBlockBase):
         subsample_position: str = "before_conv",
         norm: str = "",
         axes: str = "spacetime",
+        activation_checkpoint: bool = False,
     ):
         """Create the block.
 
@@ -60,6 +69,8 @@ class NonLocalBlock(CNNBlockBase):
             norm: norm after ``conv_out``: "", "BN", "SyncBN" or "GN".
             axes: the set over which j runs in a 3-D map: all positions, those of the same frame
                 ("space"), or the same place in all frames ("time").
+            activation_checkpoint: keep only x and y for the backward pass, and compute what lies
+                between again.
 
         Raises:
             ValueError: an argument outside its allowed values.
@@ -99,6 +110,9 @@ class NonLocalBlock(CNNBlockBase):
         self.subsample = subsample
         self.subsample_position = subsample_position
         self.axes = axes
+        self.activation_checkpoint = activation_checkpoint
+        # One of ops.PATHS[pairwise] to force a way of computing y; None chooses the fastest.
+        self.path: str | None = None
         self.inner_channels = inner_channels = max(in_channels // reduction, 1)
 
         conv = _CONV[dim]
@@ -123,20 +137,12 @@ class NonLocalBlock(CNNBlockBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """Add to every position what it gathers from the others; map in, map of that shape out."""
-        theta, phi, g = self._embed(x)
-        if self.pairwise == "gaussian":
-            y = ops.gaussian(theta, phi, g)
-        elif self.pairwise == "embedded_gaussian":
-            y = ops.embedded_gaussian(theta, phi, g, scale=self.scale)
-        elif self.pairwise == "dot_product":
-            y = ops.dot_product(theta, phi, g)
+        if self.activation_checkpoint and torch.is_grad_enabled():
+            # The norm stays outside: done again, it would update its statistics twice.
+            y = checkpoint(self._respond, x, use_reentrant=False, preserve_rng_state=False)
         else:
-            y = ops.concatenation(theta, phi, g, self.concat_project.weight.flatten())
-        out = self.conv_out(self._to_map(y, x))
-        if self.norm is not None:
-            # As (N, C, P, 1) every map is right for detectron2's 2-D norms, and for its freeze().
-            out = self.norm(out.flatten(2).unsqueeze(-1)).view_as(out)
-        return x + out
+            y = self._respond(x)
+        return x + self._project(y)
 
     def attention(self, x: Tensor) -> Tensor:
         """The explicit attention matrix of the block for the map x.
@@ -145,19 +151,68 @@ class NonLocalBlock(CNNBlockBase):
             (N, Q, K), positions in row-major order, K after subsampling. With ``axes="space"`` N
             counts frames (N * T of them), with "time" it counts places (N * H * W).
         """
-        theta, phi, _ = self._embed(x)
-        w_f = self.concat_project.weight.flatten() if self.pairwise == "concatenation" else None
+        theta, phi, _, w_f = self._embed(x)
         return ops.attention(theta, phi, pairwise=self.pairwise, scale=self.scale, w_f=w_f)
 
-    def _embed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Map -> theta (N, Q, D), phi (N, K, D), g (N, K, D); D is C in a Gaussian theta, phi."""
-        theta = self.theta(x)
-        if self.subsample_position == "before_conv":
-            keys = self._pool(x)
-            phi, g = self.phi(keys), self.g(keys)
+    def _respond(self, x: Tensor) -> Tensor:
+        """Map x -> map y with D channels, Eq. 1."""
+        theta, phi, g, w_f = self._embed(x)
+        if self.pairwise == "gaussian":
+            y = ops.gaussian(theta, phi, g, path=self.path)
+        elif self.pairwise == "embedded_gaussian":
+            y = ops.embedded_gaussian(theta, phi, g, scale=self.scale, path=self.path)
+        elif self.pairwise == "dot_product":
+            y = ops.dot_product(theta, phi, g, path=self.path)
         else:
-            phi, g = self._pool(self.phi(x)), self._pool(self.g(x))
-        return self._to_rows(theta), self._to_rows(phi), self._to_rows(g)
+            y = ops.concatenation(theta, phi, g, w_f, path=self.path)
+        return self._to_map(y, x)
+
+    def _project(self, y: Tensor) -> Tensor:
+        """Map y -> map W_z y with its norm."""
+        conv: Any = self.conv_out
+        norm: Any = self.norm
+        if norm is None:
+            return conv(y)
+        frozen = isinstance(norm, FrozenBatchNorm2d)
+        if frozen or (isinstance(norm, _BatchNorm) and not norm.training):
+            # Its statistics are constants: the norm is part of the convolution.
+            factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
+            weight = conv.weight * factor.view(-1, *[1] * (self.dim + 1))
+            bias = norm.bias + (conv.bias - norm.running_mean) * factor
+            return _CONV_FUNCTION[self.dim](y, weight, bias)
+        out = conv(y)
+        # As (N, C, P, 1) every map is right for detectron2's 2-D norms, and for its freeze().
+        return norm(out.flatten(2).unsqueeze(-1)).view_as(out)
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """Map -> rows theta (N, Q, D), phi (N, K, D), g (N, K, D), and w_f of concatenation.
+
+        D of theta and phi is C for ``gaussian``, and 1 where w_f could go into the convolution.
+        """
+        theta: Callable[[Tensor], Tensor] = self.theta
+        phi: Callable[[Tensor], Tensor] = self.phi
+        w_f = None
+        after_conv = self.subsample_position == "after_conv" and self.subsample > 1
+        if self.pairwise == "concatenation":
+            # f takes one number from theta and one from phi: one channel is all that is needed.
+            w_theta, w_phi = self.concat_project.weight.view(1, -1).chunk(2, dim=1)
+            one = torch.ones_like(w_theta[:, :1])
+            theta = self._weighted(self.theta, w_theta)
+            if not after_conv:
+                phi, w_phi = self._weighted(self.phi, w_phi), one
+            w_f = torch.cat([one, w_phi], dim=1)[0]
+        if after_conv:
+            phi_map, g_map = self._pool(phi(x)), self._pool(self.g(x))
+        else:
+            keys = self._pool(x)
+            phi_map, g_map = phi(keys), self.g(keys)
+        return self._to_rows(theta(x)), self._to_rows(phi_map), self._to_rows(g_map), w_f
+
+    def _weighted(self, conv: Any, w: Tensor) -> Callable[[Tensor], Tensor]:
+        """A convolution to one channel, w . conv(x), for w (1, D)."""
+        weight = (w @ conv.weight.flatten(1)).view(1, -1, *[1] * self.dim)
+        bias = (w @ conv.bias[:, None])[0]
+        return partial(_CONV_FUNCTION[self.dim], weight=weight, bias=bias)
 
     def _pool(self, x: Tensor) -> Tensor:
         if self.subsample == 1:

@@ -5,6 +5,19 @@ each query i, ``phi`` and ``g`` hold phi(x_j) and g(x_j) for each key j. Transpo
 channels-first map serve as well as copies. One function per form computes y; :func:`attention`
 gives the explicit matrix f / C(x), for pictures and for tests.
 
+Every form has more than one path to the same sum (:data:`PATHS`). "textbook" spells out the
+Q x K matrix; the others never hold it:
+
+===========  ========================  =============================================================
+linear       dot_product               theta (phi^T g), O((Q + K) D E)
+sorted       concatenation             prefix sums over sorted keys, O(K log K + (Q + K) E)
+fused        the two Gaussian forms    ``torch.nn.functional.scaled_dot_product_attention``
+blocked      the two Gaussian forms    some queries at a time
+===========  ========================  =============================================================
+
+:func:`choose_path` makes the choice. "fused" and "blocked" have no second
+derivative.
+
 Shapes: N batch, Q queries, K keys, D inner width of theta and phi, E width of g.
 
 Paper: `Non-local Neural Networks`, Sec. 3.2, https://arxiv.org/abs/1711.07971
@@ -12,15 +25,31 @@ Paper: `Non-local Neural Networks`, Sec. 3.2, https://arxiv.org/abs/1711.07971
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
+from nl_detectron import paths
+
 PAIRWISE = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
+PATHS = {
+    "gaussian": ("textbook", "blocked", "fused"),
+    "embedded_gaussian": ("textbook", "blocked", "fused"),
+    "dot_product": ("textbook", "linear"),
+    "concatenation": ("textbook", "sorted"),
+}
+
+# A matrix of so many pairs (1 MB in float32) stays in a core's cache: nothing beats "textbook".
+MAX_TEXTBOOK_PAIRS = 2**18
 
 
-def gaussian(theta: Tensor, phi: Tensor, g: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
+def gaussian(
+    theta: Tensor,
+    phi: Tensor,
+    g: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    path: str | None = None,
+) -> Tensor:
     """Non-local operation with f = exp(x_i . x_j), C(x) = sum_j f: a softmax over the keys (Eq. 2).
 
     The form has no embedding: ``theta`` and ``phi`` are the features x themselves.
@@ -30,15 +59,25 @@ def gaussian(theta: Tensor, phi: Tensor, g: Tensor, *, key_mask: Tensor | None =
         phi: keys, (N, K, D).
         g: values, (N, K, E).
         key_mask: (N, K) bool, True for the keys that take part. Without any, y is 0.
+        path: one of ``PATHS["gaussian"]``; None lets :func:`choose_path` choose.
 
     Returns:
         (N, Q, E), dtype of ``g``.
+
+    Raises:
+        ValueError: unknown ``path``.
     """
-    return embedded_gaussian(theta, phi, g, scale=False, key_mask=key_mask)
+    return embedded_gaussian(theta, phi, g, scale=False, key_mask=key_mask, path=path)
 
 
 def embedded_gaussian(
-    theta: Tensor, phi: Tensor, g: Tensor, *, scale: bool = True, key_mask: Tensor | None = None
+    theta: Tensor,
+    phi: Tensor,
+    g: Tensor,
+    *,
+    scale: bool = True,
+    key_mask: Tensor | None = None,
+    path: str | None = None,
 ) -> Tensor:
     """Non-local operation with f = exp(theta_i . phi_j), C(x) = sum_j f (Eq. 3).
 
@@ -48,47 +87,71 @@ def embedded_gaussian(
         g: values, (N, K, E).
         scale: multiply the affinity by D ** -0.5. Not in the paper; in every released config of it.
         key_mask: (N, K) bool, True for the keys that take part. Without any, y is 0.
+        path: one of ``PATHS["embedded_gaussian"]``; None lets :func:`choose_path` choose.
 
     Returns:
         (N, Q, E), dtype of ``g``.
+
+    Raises:
+        ValueError: unknown ``path``.
     """
-    if key_mask is not None:
-        g = g.masked_fill(~key_mask[:, :, None], 0.0)  # for the sake of inf and nan: 0 * nan is nan
-    return _softmax_attention(theta, phi, scale, key_mask).to(g.dtype) @ g
+    path = path or choose_path("embedded_gaussian", theta, phi, g)
+    _check_path("embedded_gaussian", path)
+    phi, g = _zero_masked(key_mask, phi, g)
+    compute = {
+        "textbook": paths.softmax_sum,
+        "blocked": paths.blocked_softmax_sum,
+        "fused": paths.fused_softmax_sum,
+    }[path]
+    return compute(theta, phi, g, scale, key_mask)
 
 
-def dot_product(theta: Tensor, phi: Tensor, g: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
+def dot_product(
+    theta: Tensor,
+    phi: Tensor,
+    g: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    path: str | None = None,
+) -> Tensor:
     """Non-local operation with f = theta_i . phi_j, C(x) = number of keys (Eq. 4).
 
-    f is linear in theta, so theta (phi^T g) is the same sum without a Q x K matrix; the cheaper of
-    the two orders is taken.
+    f is linear in theta, so theta (phi^T g) is the same sum without a Q x K matrix.
 
     Args:
         theta: queries, (N, Q, D).
         phi: keys, (N, K, D).
         g: values, (N, K, E).
         key_mask: (N, K) bool, True for the keys that take part. Without any, y is 0.
+        path: one of ``PATHS["dot_product"]``; None lets :func:`choose_path` choose.
 
     Returns:
         (N, Q, E), dtype of ``g``.
+
+    Raises:
+        ValueError: unknown ``path``.
     """
-    num_queries, width = theta.shape[-2:]
-    num_keys, value_width = g.shape[-2:]
-    g = _divided_by_number_of_keys(g, key_mask)
-    affinity_first = num_queries * num_keys * (width + value_width)
-    keys_first = (num_queries + num_keys) * width * value_width
-    if keys_first <= affinity_first:
+    path = path or choose_path("dot_product", theta, phi, g)
+    _check_path("dot_product", path)
+    phi, g = _zero_masked(key_mask, phi, g)
+    g = g / _number_of_keys(g, key_mask)
+    if path == "linear":
         return theta @ (phi.transpose(-2, -1) @ g)
     return (theta @ phi.transpose(-2, -1)) @ g
 
 
 def concatenation(
-    theta: Tensor, phi: Tensor, g: Tensor, w_f: Tensor, *, key_mask: Tensor | None = None
+    theta: Tensor,
+    phi: Tensor,
+    g: Tensor,
+    w_f: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    path: str | None = None,
 ) -> Tensor:
     """Non-local operation with f = ReLU(w_f^T [theta_i, phi_j]), C(x) = number of keys (Eq. 5).
 
-    w_f^T [theta_i, phi_j] is a sum of two scalars, one per query and one per key, so the pairs need
-    Q x K floats, not the 2D x Q x K of a literal concatenation.
+    w_f^T [theta_i, phi_j] is a sum of two scalars, one per query and one per key.
 
     Args:
         theta: queries, (N, Q, D).
@@ -96,11 +159,42 @@ def concatenation(
         g: values, (N, K, E).
         w_f: (2D,), the weights of theta first.
         key_mask: (N, K) bool, True for the keys that take part. Without any, y is 0.
+        path: one of ``PATHS["concatenation"]``; None lets :func:`choose_path` choose.
 
     Returns:
         (N, Q, E), dtype of ``g``.
+
+    Raises:
+        ValueError: unknown ``path``.
     """
-    return _concatenation_affinity(theta, phi, w_f) @ _divided_by_number_of_keys(g, key_mask)
+    path = path or choose_path("concatenation", theta, phi, g)
+    _check_path("concatenation", path)
+    phi, g = _zero_masked(key_mask, phi, g)
+    g = g / _number_of_keys(g, key_mask)
+    a, b = _concatenation_terms(theta, phi, w_f)
+    return (paths.sorted_relu_sum if path == "sorted" else paths.relu_sum)(a, b, g)
+
+
+def choose_path(pairwise: str, theta: Tensor, phi: Tensor, g: Tensor) -> str:
+    """The path that an operation takes by itself, one of ``PATHS[pairwise]``.
+
+    A program that is compiled, exported or traced serves many sizes: there the choice does not
+    depend on Q and K.
+    """
+    compiling = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    (_, queries, width), (_, keys, value_width) = theta.shape, g.shape
+    if pairwise == "dot_product":
+        multiplications = (queries + keys) * width * value_width
+        if compiling or multiplications <= queries * keys * (width + value_width):
+            return "linear"
+        return "textbook"
+    if not compiling and queries * keys <= MAX_TEXTBOOK_PAIRS:
+        return "textbook"
+    if pairwise == "concatenation":
+        return "sorted"
+    # Fused kernels want one width for all; filled up with zeros, narrow values cost more than they
+    # save. (But a loop over blocks cannot be compiled for many sizes.)
+    return "fused" if compiling or width == value_width else "blocked"
 
 
 def attention(
@@ -134,48 +228,43 @@ def attention(
     if pairwise not in PAIRWISE:
         raise ValueError(f"pairwise must be one of {PAIRWISE}, got {pairwise!r}")
     if pairwise in ("gaussian", "embedded_gaussian"):
-        return _softmax_attention(theta, phi, scale and pairwise == "embedded_gaussian", key_mask)
-    theta, phi = _at_least_float32(theta), _at_least_float32(phi)
+        return paths.softmax(theta, phi, scale and pairwise == "embedded_gaussian", key_mask)
+    theta, phi = paths.at_least_float32(theta), paths.at_least_float32(phi)
     if pairwise == "dot_product":
         affinity = theta @ phi.transpose(-2, -1)
     elif w_f is None:
         raise ValueError("pairwise 'concatenation' needs w_f, a (2D,) tensor, got None")
     else:
-        affinity = _concatenation_affinity(theta, phi, _at_least_float32(w_f))
-    one_over_c = _divided_by_number_of_keys(affinity.new_ones(*phi.shape[:-1], 1), key_mask)
-    return affinity * one_over_c.transpose(-2, -1)
+        a, b = _concatenation_terms(theta, phi, paths.at_least_float32(w_f))
+        affinity = (a[:, :, None] + b[:, None, :]).relu()
+    if key_mask is not None:
+        affinity = affinity.masked_fill(~key_mask[:, None, :], 0.0)
+    return affinity / _number_of_keys(phi, key_mask)
 
 
-def _softmax_attention(theta: Tensor, phi: Tensor, scale: bool, key_mask: Tensor | None) -> Tensor:
-    # An unscaled product of half-precision features passes 65504 long before training fails, so the
-    # product, not only the softmax, is in float32; autocast would put it back.
-    device = theta.device.type
-    can_autocast = torch.amp.is_autocast_available(device)  # not on "meta", where FLOPs are counted
-    with torch.autocast(device, enabled=False) if can_autocast else nullcontext():
-        theta, phi = _at_least_float32(theta), _at_least_float32(phi)
-        if scale:
-            theta = theta * theta.shape[-1] ** -0.5
-        affinity = theta @ phi.transpose(-2, -1)
-        if key_mask is None:
-            return affinity.softmax(dim=-1)
-        rows_without_keys = ~key_mask.any(dim=-1)[:, None, None]
-        affinity = affinity.masked_fill(~key_mask[:, None, :], float("-inf"))
-        return affinity.softmax(dim=-1).masked_fill(rows_without_keys, 0.0)
+def _concatenation_terms(theta: Tensor, phi: Tensor, w_f: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a (N, Q) and b (N, K) of w_f^T [theta_i, phi_j] = a_i + b_j."""
+    w_theta, w_phi = w_f[:, None].split([theta.shape[-1], phi.shape[-1]])
+    return (theta @ w_theta)[..., 0], (phi @ w_phi)[..., 0]
 
 
-def _concatenation_affinity(theta: Tensor, phi: Tensor, w_f: Tensor) -> Tensor:
-    width = theta.shape[-1]
-    a, b = theta @ w_f[:width], phi @ w_f[width:]
-    return (a[:, :, None] + b[:, None, :]).relu()
-
-
-def _divided_by_number_of_keys(g: Tensor, key_mask: Tensor | None) -> Tensor:
-    # 1/C goes into g, before the sum over keys: in half precision the bare sum may overflow.
+def _zero_masked(key_mask: Tensor | None, *keys: Tensor) -> tuple[Tensor, ...]:
+    """Set left-out keys to zero: an inf or nan there would pass a weight of 0."""
     if key_mask is None:
-        return g / max(g.shape[-2], 1)
-    number_of_keys = key_mask.sum(dim=-1).clamp(min=1)
-    return g.masked_fill(~key_mask[:, :, None], 0.0) / number_of_keys[:, None, None].to(g.dtype)
+        return keys
+    return tuple(rows.masked_fill(~key_mask[:, :, None], 0.0) for rows in keys)
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+def _number_of_keys(keys: Tensor, key_mask: Tensor | None) -> Tensor | int:
+    """C(x) of the forms without a softmax, at least 1; a number, or one per sample, (N, 1, 1).
+
+    g is divided by it before the sum over keys: in half precision the bare sum may overflow.
+    """
+    if key_mask is None:
+        return max(keys.shape[1], 1)
+    return key_mask.sum(dim=-1).clamp(min=1)[:, None, None].to(keys.dtype)
+
+
+def _check_path(pairwise: str, path: str) -> None:
+    if path not in PATHS[pairwise]:
+        raise ValueError(f"path must be one of {PATHS[pairwise]} for {pairwise}, got {path!r}")

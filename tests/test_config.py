@@ -22,6 +22,7 @@ DEFAULTS = {
     "SUBSAMPLE": 2,
     "SUBSAMPLE_POSITION": "before_conv",
     "NORM": "",
+    "ACTIVATION_CHECKPOINT": False,
     "AFTER_BLOCKS.RES2": (),
     "AFTER_BLOCKS.RES3": (),
     "AFTER_BLOCKS.RES4": (-2,),
@@ -39,6 +40,7 @@ OTHERS = {
     "SUBSAMPLE": (1, BACKBONE),
     "SUBSAMPLE_POSITION": ("after_conv", BACKBONE),  # the head's maps are not subsampled
     "NORM": ("GN", BACKBONE),
+    "ACTIVATION_CHECKPOINT": (True, BOTH),
     "AFTER_BLOCKS.RES2": ((0,), BACKBONE),
     "AFTER_BLOCKS.RES3": ((0,), BACKBONE),
     "AFTER_BLOCKS.RES4": ((), BACKBONE),

@@ -18,7 +18,8 @@ CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 # A module imports only from layers before its own.
 LAYERS = [
-    ["ops", "config"],
+    ["paths", "config"],
+    ["ops"],
     ["non_local"],
     ["backbone", "keypoint_head"],
     [],

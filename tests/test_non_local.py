@@ -60,6 +60,13 @@ def test_oracle(pairwise, dim, axes, subsample, position):
     assert_close(block(x), oracles.block(x, block.state_dict(), **options))
 
 
+@pytest.mark.parametrize(("pairwise", "path"), [(p, q) for p, qs in ops.PATHS.items() for q in qs])
+def test_oracle_of_every_path(pairwise, path):
+    block, x = make(pairwise=pairwise, subsample=2), sample(2)
+    block.path = path
+    assert_close(block(x), oracles.block(x, block.state_dict(), pairwise, subsample=2))
+
+
 @pairwises
 def test_oracle_of_the_scale(pairwise):
     block, x = make(pairwise=pairwise, scale=False), sample(2)
@@ -229,11 +236,84 @@ def test_freeze(norm, dim):
 
 
 @pytest.mark.parametrize("options", [{}, {"subsample": 2}, {"norm": "BN"}], ids=str)
-def test_channels_last(options):
-    block, x = make(**options), sample(2)
+@pairwises
+def test_channels_last(pairwise, options):
+    block, x = make(pairwise=pairwise, **options), sample(2)
     expected = block(x)
+    assert expected.is_contiguous()
     block.to(memory_format=torch.channels_last)
-    assert_close(block(x.to(memory_format=torch.channels_last)), expected)
+    y = block(x.to(memory_format=torch.channels_last))
+    assert_close(y, expected)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@dims
+def test_norm_with_constant_statistics_learns(dim):
+    block, x = make(dim=dim, norm="BN").eval(), sample(dim)
+    norm = [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d][dim - 1](C).double().eval()
+    norm.load_state_dict(block.norm.state_dict())
+    expected = x + norm(block.conv_out(block._respond(x)))
+    shared = [p for name, p in block.named_parameters() if not name.startswith("norm")]
+    dy = torch.randn_like(x)
+    gradients = torch.autograd.grad(block(x), [*shared, *block.norm.parameters()], dy)
+    assert_close(gradients, torch.autograd.grad(expected, [*shared, *norm.parameters()], dy))
+
+
+def saved_bytes(function, *args):
+    """What a function saves for its backward pass, the parameters included."""
+    saved = {}
+
+    def pack(t):
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = function(*args)
+    return sum(saved.values()), y
+
+
+@pytest.mark.parametrize("norm", ["", "BN"])
+@pairwises
+def test_activation_checkpoint(pairwise, norm):
+    block, x = make(pairwise=pairwise, norm=norm), sample(2).requires_grad_()
+    other = NonLocalBlock(C, pairwise=pairwise, norm=norm, activation_checkpoint=True).double()
+    other.load_state_dict(block.state_dict())
+    (more, expected), (less, y) = saved_bytes(block, x), saved_bytes(other, x)
+    assert less < 0.6 * more
+    assert_close(y, expected)
+    y.square().mean().backward()
+    gradient, x.grad = x.grad, None
+    expected.square().mean().backward()
+    assert_close(gradient, x.grad)
+    for p, q in zip(block.parameters(), other.parameters()):
+        assert_close(p.grad, q.grad)
+    assert_close(dict(block.named_buffers()), dict(other.named_buffers()))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("norm", ["", "BN", "GN"])
+@pairwises
+def test_compiled_exported_traced(pairwise, norm):
+    torch.compiler.reset()
+    block = make(32, pairwise=pairwise, subsample=2, norm=norm).float()
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in ((7, 5), (23, 31)):
+        x = torch.randn(N, 32, *size, requires_grad=True)
+        statistics = copy.deepcopy(block.state_dict())
+        y = compiled(x)
+        (gradient,) = torch.autograd.grad(y.square().mean(), x)
+        block.load_state_dict(statistics)
+        expected = block(x)
+        assert_close(y, expected)
+        assert_close(gradient, torch.autograd.grad(expected.square().mean(), x)[0])
+    block.eval()
+    sizes = {2: torch.export.Dim("h", min=4, max=999), 3: torch.export.Dim("w", min=4, max=999)}
+    x, other = torch.randn(1, 32, 7, 5), torch.randn(1, 32, 40, 60)
+    exported = torch.export.export(block, (x,), dynamic_shapes={"x": sizes})
+    traced = torch.jit.trace(block, x)
+    with torch.no_grad():
+        for program in (exported.module(), traced):
+            assert_close(program(other), block(other))
 
 
 @pytest.mark.parametrize("factor", [1, 16, 256])
