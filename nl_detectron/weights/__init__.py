@@ -1,0 +1,7 @@
+"""Weights of other libraries into ours and back; see :func:`convert`."""
+
+from nl_detectron.weights.convert import Conversion, convert
+from nl_detectron.weights.dialects import DIALECTS
+from nl_detectron.weights.files import load, save
+
+__all__ = ["DIALECTS", "Conversion", "convert", "load", "save"]

@@ -1,0 +1,137 @@
+"""Reading and writing checkpoints of tensors, without running code that a file may carry."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nl_detectron.weights.dialects import DIALECTS, Dialect
+
+SUFFIXES = (".pth", ".pt", ".pyth", ".pkl", ".safetensors")
+
+# What pickled arrays and dictionaries of them are made of; none of it calls anything else.
+_ALLOWED = {
+    ("collections", "OrderedDict"),
+    ("_codecs", "encode"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    *((f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")),
+    *((f"numpy.{core}.multiarray", "scalar") for core in ("core", "_core")),
+    *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
+}
+
+
+def load(path: str | Path) -> tuple[dict[str, Any], list[str]]:
+    """Read the weights of a checkpoint, and the names of what else is in the file.
+
+    ``.pth``, ``.pt`` and ``.pyth`` are read with ``torch.load(weights_only=True)``, ``.pkl`` with
+    an unpickler that knows arrays, numbers, strings and their containers alone.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: an unknown suffix, a damaged file, or one that holds other objects, the first of
+            which is named.
+        ModuleNotFoundError: a ``.safetensors`` file without the package of this name.
+    """
+    path = check_suffix(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    reader = _READERS.get(path.suffix, _load_torch)
+    try:
+        data = reader(path)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # a damaged file raises almost anything
+        raise ValueError(f"cannot read {path}: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds a {type(data).__name__}, not a dictionary of tensors")
+    wrappers = {dialect.wrapper for dialect in DIALECTS.values()}
+    for key in data:
+        if key in wrappers and isinstance(data[key], dict):
+            return data[key], [str(other) for other in data if other != key]
+    return data, []
+
+
+def save(state: Mapping[str, Tensor], path: str | Path, dialect: Dialect) -> None:
+    """Write weights in the format of the suffix, wrapped as readers of the dialect expect it.
+
+    In a ``.pkl`` tensors become arrays; a ``.safetensors`` file holds nothing but tensors.
+
+    Raises:
+        ValueError: an unknown suffix, or bfloat16, which arrays lack.
+        ModuleNotFoundError: a ``.safetensors`` file without the package of this name.
+    """
+    path = check_suffix(path)
+    if path.suffix == ".safetensors":
+        _safetensors().save_file(dict(state), path)
+        return
+    values: dict[str, Any] = dict(state)
+    if path.suffix == ".pkl":
+        if any(value.dtype == torch.bfloat16 for value in values.values()):
+            raise ValueError(f"{path}: arrays cannot hold bfloat16; write .pth or .safetensors")
+        values = {name: value.numpy() for name, value in values.items()}
+    data: dict[str, Any] = {dialect.wrapper: values} if dialect.wrapper else values
+    if dialect.trunk is None:
+        data["__author__"] = "nl_detectron"
+        # detectron2 then finds the place of a lone ResNet in a detector.
+        data["matching_heuristics"] = not any(name.startswith("backbone.") for name in values)
+    if path.suffix == ".pkl":
+        path.write_bytes(pickle.dumps(data))
+    else:
+        torch.save(data, path)
+
+
+def to_tensor(value: Any) -> Tensor | None:
+    """A tensor of its own memory for a tensor or an array of numbers, else ``None``."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+        value = torch.from_numpy(np.array(value))
+    if not isinstance(value, Tensor):
+        return None
+    return value.detach().clone(memory_format=torch.contiguous_format)
+
+
+def check_suffix(path: str | Path) -> Path:
+    """Return the path if its suffix is one of :data:`SUFFIXES`, else raise ``ValueError``."""
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path}: the suffix must be one of {SUFFIXES}, got {path.suffix!r}")
+    return path
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(
+                f"it holds {module}.{name}, and only numpy arrays, numbers, strings and their "
+                "dictionaries and lists are read: anything else could run code"
+            )
+        return super().find_class(module, name)
+
+
+def _load_torch(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _load_pickle(path: Path) -> Any:
+    with path.open("rb") as f:
+        return _ArrayUnpickler(f, encoding="latin1").load()  # latin1: arrays of Python 2
+
+
+def _safetensors() -> Any:
+    try:
+        return import_module("safetensors.torch")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            ".safetensors files need the package safetensors: pip install safetensors",
+            name=error.name,
+        ) from None
+
+
+_READERS = {".pkl": _load_pickle, ".safetensors": lambda path: _safetensors().load_file(path)}

@@ -1,0 +1,151 @@
+"""Convert weights between this package, detectron2, and other libraries with ResNets or blocks.
+
+Files are .pth, .pt, .pyth, .pkl or .safetensors. What weights do not tell of a block, such as its
+subsampling, comes from --config-file or --block. What is printed at the end belongs in the config.
+
+    python tools/convert_weights.py resnet50.pth R-50.pkl --from torchvision --to detectron2
+    python tools/convert_weights.py i3d_nl.pth blocks.pth --from mmcv --to nl_detectron --dim 2
+    python tools/convert_weights.py model_final.pth mmcv.pth --from nl_detectron --to mmcv \\
+        --block subsample=2 subsample_position=after_conv
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+
+from nl_detectron import NonLocalBlock, add_non_local_config
+from nl_detectron.config import backbone_options, keypoint_head_options
+from nl_detectron.weights import DIALECTS, Conversion, convert, load, save
+
+
+class Detector:
+    """The blocks of a config: what they compute, and their initial weights."""
+
+    def __init__(self, config_file: str):
+        """Build the model of the config."""
+        self.cfg: CfgNode = get_cfg()
+        add_non_local_config(self.cfg)
+        self.cfg.merge_from_file(config_file)
+        self.cfg.MODEL.DEVICE = "cpu"
+        modules = build_model(self.cfg).named_modules()
+        self.blocks = {name: m for name, m in modules if isinstance(m, NonLocalBlock)}
+
+    def options(self, name: str) -> dict[str, Any]:
+        """Return the arguments of a block; its name may lack what is before the ResNet."""
+        if not any(f".{full_name}".endswith(f".{name}") for full_name in self.blocks):
+            raise ValueError(f"the config has no such block; it has {sorted(self.blocks)}")
+        if "keypoint_head" in name:
+            return keypoint_head_options(self.cfg)["block_options"]
+        return {k: v for k, v in backbone_options(self.cfg).items() if k != "after_blocks"}
+
+    def add_missing_blocks(self, result: Conversion) -> None:
+        """Add the blocks that the weights lack, as they are when new: the identity."""
+        whole = any(key.startswith("backbone.") for key in result.state)
+        for name, block in self.blocks.items():
+            if not whole:
+                name = re.sub(r"^backbone\.(bottom_up\.)?", "", name)
+            for parameter, tensor in block.state_dict().items():
+                if f"{name}.{parameter}" not in result.state:
+                    result.put(f"{name}.{parameter}", tensor, None, "of a new block")
+
+
+def report(result: Conversion, source: str, target: str, verbose: bool) -> Iterator[str]:
+    """Yield lines that account for every key, and what a config must say."""
+    yield f"{len(result.mapped)} tensors converted"
+    if verbose:
+        yield from (f"  {old} -> {new}" for old, new in result.mapped.items())
+    for what, entries in (("left out", result.dropped), ("added", result.added)):
+        for reason in dict.fromkeys(entries.values()):
+            keys = [key for key, why in entries.items() if why == reason]
+            shown = keys if verbose else keys[:4]
+            yield f"{len(keys)} {what}: {reason}"
+            yield f"  {', '.join(shown)}{', ...' if len(keys) > len(shown) else ''}"
+    if DIALECTS[target].block:
+        yield from _describe_blocks(result)
+    note = DIALECTS[source].note or DIALECTS[target].note
+    of_blocks = {key for block in result.blocks.values() for key in block.sources.values()}
+    if note and set(result.mapped) - of_blocks:
+        yield f"A ResNet of {source if DIALECTS[source].note else target} goes with {note}."
+
+
+def _describe_blocks(result: Conversion) -> Iterator[str]:
+    texts: dict[str, list[str]] = {}
+    for name, block in result.blocks.items():
+        known = {"pairwise": "?", "scale": "?", "subsample": "?", **block.options}
+        lines = [f"  {option.upper()} {value}" for option, value in known.items() if value != "?"]
+        unknown = [option.upper() for option, value in known.items() if value == "?"]
+        if unknown:
+            lines.append(f"  {', '.join(unknown)}: as in the source; weights do not tell")
+        if block.assumed:
+            lines.append(f"  not told, and taken for granted: {block.assumed}")
+        lines += [f"  changed, with the same result: {change}" for change in block.changes]
+        texts.setdefault("\n".join(lines), []).append(name)
+    for text, names in texts.items():
+        yield f"The non-local blocks {', '.join(names)} are those of MODEL.NON_LOCAL with"
+        yield text
+
+
+def block_option(text: str) -> tuple[str, Any]:
+    """Parse NAME=VALUE."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return name, value
+
+
+def main() -> None:
+    """Convert the file, and print the account."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("input")
+    parser.add_argument("output")
+    for direction in ("from", "to"):
+        parser.add_argument(f"--{direction}", required=True, choices=DIALECTS, dest=f"{direction}_")
+    parser.add_argument("--dim", type=int, choices=(1, 2, 3), help="axes: 2 images, 3 video")
+    parser.add_argument(
+        "--block",
+        type=block_option,
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="arguments of NonLocalBlock, for all blocks",
+    )
+    parser.add_argument(
+        "--config-file",
+        help="a YAML config of ours: says what its blocks compute; blocks of it that the weights "
+        "lack are added",
+    )
+    parser.add_argument("--verbose", action="store_true", help="print every key")
+    args = parser.parse_args()
+
+    detector = Detector(args.config_file) if args.config_file else None
+
+    def options(name: str) -> Mapping[str, Any]:
+        return {**(detector.options(name) if detector else {}), **dict(args.block)}
+
+    try:
+        state, beside = load(args.input)
+        result = convert(state, args.from_, args.to_, options, args.dim)
+        result.dropped |= dict.fromkeys(beside, "beside the weights in the file")
+        if detector and args.to_ == "nl_detectron":
+            detector.add_missing_blocks(result)
+        save(result.state, args.output, DIALECTS[args.to_])
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        raise SystemExit(f"{args.input}: {error}") from error
+    for line in report(result, args.from_, args.to_, args.verbose):
+        print(line)
+
+
+if __name__ == "__main__":
+    main()
