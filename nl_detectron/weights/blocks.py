@@ -44,7 +44,7 @@ class Block:
     @property
     def widths(self) -> tuple[int, int]:
         """C and D."""
-        inner, width = self.tensors["g.weight"].shape[:2]
+        inner, width, *_ = self.tensors["g.weight"].shape
         return width, inner
 
     def understand(self, dialect: Dialect, pooled: bool | None) -> None:
@@ -57,19 +57,19 @@ class Block:
         Raises:
             ValueError: weights that no block of this dialect has.
         """
+        shape = tuple(self.tensors["g.weight"].shape)
         width, inner = self.widths
+        if len(shape) not in (3, 4, 5) or max(width // max(width // inner, 1), 1) != inner:
+            raise ValueError(
+                f"g of shape {shape}: no block of ours maps {width} to {inner} channels"
+            )
         told: dict[str, Any] = {
-            "dim": self.tensors["g.weight"].dim() - 2,
+            "dim": len(shape) - 2,
             "pairwise": self._pairwise(dialect),
             "reduction": width // inner,
             "subsample": None if pooled is None else 1 + pooled,
             "norm": self._norm(dialect),
         }
-        if told["dim"] not in (1, 2, 3) or max(width // told["reduction"], 1) != inner:
-            raise ValueError(
-                f"g.weight of shape {tuple(self.tensors['g.weight'].shape)}: no block of ours maps "
-                f"{width} to {inner} channels so"
-            )
         self.options = {k: v for k, v in dialect.fixed.items() if k != "dim"}
         self.options |= {k: v for k, v in told.items() if v is not None}
         for name in ("theta", "phi", "g", "conv_out"):
@@ -80,9 +80,8 @@ class Block:
         self._reshape("concat_project.weight", told["dim"])
         if dialect.scales_by_width:
             self._scale_theta((inner / width) ** 0.5, "D ** -0.5 for C ** -0.5")
-        if "norm.weight" in self.tensors and "norm.running_mean" not in self.tensors:
-            if dialect.affine_norm:
-                self.fold_norm()
+        if told["norm"] == "GN" and dialect.affine_norm:
+            self.fold_norm()
 
     def adapt(self, wishes: Mapping[str, Any]) -> None:
         """Change the weights to those of a block with other options and the same function.
@@ -168,10 +167,13 @@ class Block:
         return pairwise
 
     def _norm(self, dialect: Dialect) -> str:
-        if "norm.weight" not in self.tensors:
+        names = {name.removeprefix("norm.") for name in self.tensors if name.startswith("norm.")}
+        if not names:
             return ""
-        if "norm.running_mean" in self.tensors:
+        if names >= {"weight", "bias", "running_mean", "running_var"}:
             return "BN"
+        if names != {"weight", "bias"}:
+            raise ValueError(f"the norm has only {', '.join(sorted(names))}")
         if "GN" not in dialect.norms and not dialect.affine_norm:
             raise ValueError("the norm has no running statistics, so it is not batch norm")
         return "GN"
