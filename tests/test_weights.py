@@ -1,4 +1,4 @@
-"""Weights of blocks between dialects: same function on the other side, same bits on the way back."""
+"""Blocks between dialects: same function on the other side, same bits on the way back."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ LAYOUTS = {
 }
 W_F = {"mmcv": "concat_project.conv.weight", "alexhex7": "concat_project.0.weight"}
 NORM = {"weight": "s", "bias": "b", "running_mean": "rm", "running_var": "riv"}
+STATISTICS = [f"conv_out.bn.{n}" for n in ("running_mean", "running_var", "num_batches_tracked")]
 C, D = 12, 3  # timm's theta is then rescaled by 2, which loses no bit
 
 
@@ -357,9 +358,9 @@ class TestRefusals:
             ("mmcv", {"theta.conv.weight": torch.ones(D, C, 3, 3)}, "theta.weight of shape"),
             ("mmcv", {"g.conv.weight": torch.ones(8, C, 1, 1)}, "no block of ours maps 12 to 8"),
             ("mmcv", {"g.conv.weight": torch.ones(24, C, 1, 1)}, "no block of ours maps 12 to 24"),
-            ("mmcv", {"conv_out.bn.running_mean": None}, "not batch norm"),
-            ("mmcv", {"conv_out.bn.weight": "text"}, "the norm has only bias, running_mean"),
-            ("mmcv", {"conv_out.bn.running_var": None}, "the norm has only"),
+            ("mmcv", dict.fromkeys(STATISTICS), "not batch norm"),
+            ("mmcv", {"conv_out.bn.weight": "text"}, "the norm has only bias, num_batches"),
+            ("mmcv", {"conv_out.bn.running_var": None}, "the norm has only bias, num_batches"),
             ("pytorchvideo", {"conv_theta.weight": None, "conv_phi.weight": None}, "'gaussian'"),
         ],
     )
