@@ -1,6 +1,7 @@
 # make demo         train and show the long-range demonstration
 # make test         lint, types and the fast tests
 # make test-slow    the tests marked slow
+# make peers        the numeric comparison with mmcv, pytorchvideo and timm, which it installs aside
 # make lint         ruff and mypy alone
 # make env          only the environment
 #
@@ -22,7 +23,7 @@ RUN = $(VENV)/bin/python
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 READY = $(VENV)/.nl_detectron_ready
 
-.PHONY: demo test test-slow lint env clean
+.PHONY: demo test test-slow peers lint env clean
 
 demo: env
 	$(RUN) -W ignore projects/long_range/demo.py
@@ -32,6 +33,12 @@ test: lint
 
 test-slow: env
 	$(RUN) -m pytest -m slow
+
+# Without their dependencies: what the blocks need of these is there, or named here.
+PEERS = mmcv-lite mmengine addict rich yapf pytorchvideo timm safetensors
+peers: env
+	$(INSTALL) --no-deps --upgrade --target build/peers $(PEERS)
+	PYTHONPATH=build/peers $(RUN) -m pytest -m '' tests/test_peers.py tests/test_weights_files.py
 
 lint: env
 	$(RUN) -m ruff check

@@ -35,5 +35,8 @@ setup(
         "torch>=2.4",  # torch.amp.is_autocast_available
         "setuptools<81",  # detectron2.model_zoo imports pkg_resources, which 82 removed
     ],
-    extras_require={"dev": ["hypothesis", "mypy", "pytest", "ruff"]},
+    extras_require={
+        "dev": ["hypothesis", "mypy", "pytest", "ruff", "safetensors"],
+        "safetensors": ["safetensors"],  # for weights in files of this kind
+    },
 )

@@ -117,7 +117,6 @@ def as_caffe2(state):
         norm = "res_conv1_bn" if conv == "conv1" else f"{conv}_bn"
         names += [f"{norm}_{parameter}" for parameter in ("s", "b", "rm", "riv")]
     ours = dict(zip(names, convert_basic_c2_names(names)))  # by detectron2's own heuristics
-    ours = {name: new.replace("linear_", "linear.") for name, new in ours.items()}
     for place, new_place in (("conv3_1", "res3.non_local1"), ("conv4_4", "res4.non_local4")):
         for name, new in {"theta": "theta", "phi": "phi", "g": "g", "out": "conv_out"}.items():
             ours[f"nonlocal_{place}_{name}_w"] = f"{new_place}.{new}.weight"
