@@ -67,6 +67,18 @@ def test_science_and_its_oracles_need_torch_alone(path):
     assert packages(path) - {"__future__", "contextlib", "itertools"} == {"torch"}
 
 
+def test_weights_stand_alone():
+    """Their modules import each other in one direction, and nothing else of the package."""
+    order = ["dialects", "names", "blocks", "files", "convert", "__init__"]
+    assert {path.stem for path in (PACKAGE / "weights").glob("*.py")} == set(order)
+    for i, module in enumerate(order):
+        path = PACKAGE / "weights" / f"{module}.py"
+        lower = {f"nl_detectron.weights.{name}" for name in order[:i]}
+        ours = {name for name in imports(path) if name.startswith("nl_detectron")}
+        assert ours <= lower, module
+        assert packages(path) - sys.stdlib_module_names <= {"torch", "numpy", "nl_detectron"}
+
+
 def test_hook_imports_nothing_before_it_is_called():
     tree = ast.parse((PACKAGE / "env.py").read_text(encoding="utf-8"))
     for statement in tree.body:

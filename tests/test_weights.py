@@ -320,7 +320,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("made_with", "target", "options", "message"),
         [
-            ({}, "mmcv", {}, "subsample, which must be given"),
+            ({}, "mmcv", {}, "must be given as 1 or 2, got None"),
             ({}, "mmcv", {"subsample": 3}, "got 3"),
             (
                 {},

@@ -14,7 +14,8 @@ from __future__ import annotations
 import argparse
 import ast
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
@@ -22,7 +23,7 @@ from detectron2.modeling import build_model
 
 from nl_detectron import NonLocalBlock, add_non_local_config
 from nl_detectron.config import backbone_options, keypoint_head_options
-from nl_detectron.weights import DIALECTS, Conversion, convert, load, save
+from nl_detectron.weights import DIALECTS, Block, Conversion, convert, load, save
 
 
 class Detector:
@@ -30,6 +31,8 @@ class Detector:
 
     def __init__(self, config_file: str):
         """Build the model of the config."""
+        if not Path(config_file).is_file():
+            raise FileNotFoundError(f"no config at {config_file}")
         self.cfg: CfgNode = get_cfg()
         add_non_local_config(self.cfg)
         self.cfg.merge_from_file(config_file)
@@ -68,28 +71,35 @@ def report(result: Conversion, source: str, target: str, verbose: bool) -> Itera
             yield f"{len(keys)} {what}: {reason}"
             yield f"  {', '.join(shown)}{', ...' if len(keys) > len(shown) else ''}"
     if DIALECTS[target].block:
-        yield from _describe_blocks(result)
+        yield from describe_blocks(result)
     note = DIALECTS[source].note or DIALECTS[target].note
     of_blocks = {key for block in result.blocks.values() for key in block.sources.values()}
     if note and set(result.mapped) - of_blocks:
-        yield f"A ResNet of {source if DIALECTS[source].note else target} goes with {note}."
+        library = source if DIALECTS[source].note else target
+        yield f"What {library} trains its ResNets with: {note}."
 
 
-def _describe_blocks(result: Conversion) -> Iterator[str]:
-    texts: dict[str, list[str]] = {}
+def describe_blocks(result: Conversion) -> Iterator[str]:
+    """Yield what MODEL.NON_LOCAL is for these blocks; blocks that are alike are told once."""
+    alike: dict[str, list[str]] = {}
     for name, block in result.blocks.items():
-        known = {"pairwise": "?", "scale": "?", "subsample": "?", **block.options}
-        lines = [f"  {option.upper()} {value}" for option, value in known.items() if value != "?"]
-        unknown = [option.upper() for option, value in known.items() if value == "?"]
-        if unknown:
-            lines.append(f"  {', '.join(unknown)}: as in the source; weights do not tell")
-        if block.assumed:
-            lines.append(f"  not told, and taken for granted: {block.assumed}")
-        lines += [f"  changed, with the same result: {change}" for change in block.changes]
-        texts.setdefault("\n".join(lines), []).append(name)
-    for text, names in texts.items():
-        yield f"The non-local blocks {', '.join(names)} are those of MODEL.NON_LOCAL with"
+        alike.setdefault("\n".join(_describe(block)), []).append(name)
+    for text, names in alike.items():
+        yield f"MODEL.NON_LOCAL of {', '.join(filter(None, names)) or 'the block'}:"
         yield text
+
+
+def _describe(block: Block) -> Iterator[str]:
+    for option in ("pairwise", "reduction", "scale", "subsample", "subsample_position", "norm"):
+        if block.matters(option):
+            value = block.options.get(option, "as in the source: the weights do not tell")
+            yield f"  {option.upper()} {value or repr(value)}"
+    if block.options["dim"] != 2:
+        yield f"  the kernels are {block.options['dim']}-D; a detector needs them with --dim 2"
+    for option, value in block.assumed.items():
+        yield f"  {option.upper()} {value} was not told and is taken for granted"
+    for change in block.changes:
+        yield f"  for the same result, {change}"
 
 
 def block_option(text: str) -> tuple[str, Any]:
@@ -129,12 +139,12 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true", help="print every key")
     args = parser.parse_args()
 
-    detector = Detector(args.config_file) if args.config_file else None
-
-    def options(name: str) -> Mapping[str, Any]:
-        return {**(detector.options(name) if detector else {}), **dict(args.block)}
-
     try:
+        detector = Detector(args.config_file) if args.config_file else None
+
+        def options(name: str) -> dict[str, Any]:
+            return {**(detector.options(name) if detector else {}), **dict(args.block)}
+
         state, beside = load(args.input)
         result = convert(state, args.from_, args.to_, options, args.dim)
         result.dropped |= dict.fromkeys(beside, "beside the weights in the file")
@@ -142,7 +152,7 @@ def main() -> None:
             detector.add_missing_blocks(result)
         save(result.state, args.output, DIALECTS[args.to_])
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        raise SystemExit(f"{args.input}: {error}") from error
+        raise SystemExit(f"convert_weights: {error}") from error
     for line in report(result, args.from_, args.to_, args.verbose):
         print(line)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nl_detectron.weights.dialects import Dialect
+from nl_detectron.weights.names import tell_pooling
 
 EPS = 1e-5  # of the batch norm of every dialect
 # Arguments of NonLocalBlock; one that another depends on comes first.
@@ -107,7 +108,7 @@ class Block:
                 self._add_norm()
             elif option == "scale" and current is not None:
                 self._move_scale(value)
-            elif current is not None and self._matters(option):
+            elif current is not None and self.matters(option):
                 raise ValueError(
                     f"{option} is {current!r}; with {value!r} it would be another function"
                 )
@@ -121,12 +122,17 @@ class Block:
         """
         unknown = [option for option in dialect.fixed if option not in self.options]
         self.adapt(dialect.fixed)
-        self.assumed = {option: self.options[option] for option in unknown if self._matters(option)}
+        self.assumed = {option: self.options[option] for option in unknown if self.matters(option)}
         if self.options["norm"] not in dialect.norms:
             self.adapt({"norm": dialect.norms[-1]})
         pairwise = self.options.get("pairwise")
         if pairwise and pairwise not in dialect.pairwise:
             raise ValueError(f"pairwise must be one of {dialect.pairwise}, got {pairwise!r}")
+        subsample = self.options.get("subsample")
+        if tell_pooling(dialect) and subsample not in (1, 2):
+            raise ValueError(
+                f"parameters are named by subsample, which must be given as 1 or 2, got {subsample}"
+            )
         width, inner = self.widths
         if dialect.scales_by_width:
             self._scale_theta((width / inner) ** 0.5, "C ** -0.5 for D ** -0.5")
@@ -151,6 +157,14 @@ class Block:
             self.added["conv_out.bias"] = "from the folded norm"
         self.changes.append("the norm is folded into conv_out")
         self.options["norm"] = ""
+
+    def matters(self, option: str) -> bool:
+        """Whether the function depends on an option, given the others."""
+        if option == "scale":
+            return self.options.get("pairwise") in ("embedded_gaussian", None)
+        if option == "subsample_position":
+            return self.options.get("subsample") != 1
+        return option != "axes" or self.options["dim"] == 3
 
     def _pairwise(self, dialect: Dialect) -> str | None:
         has = [f"{name}.weight" in self.tensors for name in ("theta", "phi")]
@@ -186,16 +200,8 @@ class Block:
             self.tensors[f"norm.{name}"] = value
             self.added[f"norm.{name}"] = "a norm that is the identity, until it is trained"
 
-    def _matters(self, option: str) -> bool:
-        """Whether the function depends on an option, given the others."""
-        if option == "scale":
-            return self.options.get("pairwise") in ("embedded_gaussian", None)
-        if option == "subsample_position":
-            return self.options.get("subsample") != 1
-        return option != "axes" or self.options["dim"] == 3
-
     def _move_scale(self, scale: bool) -> None:
-        if not self._matters("scale"):
+        if not self.matters("scale"):
             return
         if "pairwise" not in self.options:
             raise ValueError(

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nl_detectron.weights import files
 from nl_detectron.weights.blocks import EPS, Block
 from nl_detectron.weights.dialects import DIALECTS, Dialect
-from nl_detectron.weights.names import block_names, find_blocks, inverse, rename, tell_pooling
+from nl_detectron.weights.files import to_tensor
+from nl_detectron.weights.names import block_names, find_blocks, inverse, rename
 
 # What stands before the names of a ResNet in a detector, and the parts of a detector beside it
 _BACKBONE = re.compile(r"^backbone\.(bottom_up\.)?(?=stem\.|res\d\.|linear\.)")
@@ -47,6 +47,8 @@ class Conversion:
 
     def put(self, key: str, tensor: Tensor, source: str | None, added: str = "") -> None:
         """Add a tensor: from ``source``, or ``added`` says what it is."""
+        if key in self.state:
+            raise ValueError(f"two keys would become {key!r}, one of them {source!r}")
         self.state[key] = tensor
         if source is None:
             self.added[key] = added
@@ -96,11 +98,11 @@ def convert(
     _read_blocks(entries, theirs, result)
     trunk = _read_trunk(entries, theirs, result)
     for name, block in result.blocks.items():
-        with _naming(name):
-            block.adapt({**options(name), **({} if dim is None else {"dim": dim})})
-            if wanted.block:
+        if wanted.block:
+            with _naming(name):
+                block.adapt({**options(name), **({} if dim is None else {"dim": dim})})
                 block.prepare(wanted)
-    _write_blocks(wanted, result)
+        _write_block(name, block, wanted, result)
     _write_trunk(trunk if dim is None else _reshaped(trunk, dim), wanted, result)
     if not result.state:
         raise ValueError(
@@ -114,11 +116,10 @@ def _tensors(state: Mapping[str, Any], dialect: Dialect, result: Conversion) -> 
     entries = {}
     for source, value in state.items():
         key = source.removeprefix("module.") if in_parallel else source
-        tensor = files.to_tensor(value)
-        reasons = (why for what, why in dialect.dropped.items() if re.fullmatch(what, key))
-        reason = next(reasons, "not a tensor" if tensor is None else None)
-        if tensor is None or reason:
-            result.dropped[source] = str(reason)
+        tensor = to_tensor(value)
+        reasons = [why for what, why in dialect.dropped.items() if re.fullmatch(what, key)]
+        if tensor is None or reasons:
+            result.dropped[source] = reasons[0] if reasons else "not a tensor"
         else:
             entries[key] = _Entry(tensor, source)
     return entries
@@ -148,8 +149,7 @@ def _read_trunk(entries: dict[str, _Entry], dialect: Dialect, result: Conversion
     if dialect.trunk is None:
         return entries
     to_ours = inverse(dialect.trunk)
-    trunk = {}
-    unknown = []
+    trunk, unknown = {}, []
     for key, entry in entries.items():
         ours = rename(key, to_ours)
         if ours is not None:
@@ -160,10 +160,8 @@ def _read_trunk(entries: dict[str, _Entry], dialect: Dialect, result: Conversion
             unknown.append(key)
     misplaced = [name for name in result.blocks if trunk and not rename(name, dialect.places)]
     if unknown or misplaced:
-        raise ValueError(
-            f"not a part of this dialect, or one that ResNets of detectron2 lack: "
-            f"{_listed(unknown + misplaced)}"
-        )
+        keys = _listed(unknown + misplaced)
+        raise ValueError(f"not of this dialect, or lacking in ResNets of detectron2: {keys}")
     if dialect.affine_norm:
         _complete_norms(trunk)
     return trunk
@@ -180,45 +178,43 @@ def _complete_norms(trunk: _Trunk) -> None:
 
 def _reshaped(trunk: _Trunk, dim: int) -> _Trunk:
     """Make 3-D convolutions of one frame 2-D, or the other way round."""
-    kernels = {k: e.tensor for k, e in trunk.items() if e.tensor.dim() not in (0, 1, 2, dim + 2)}
-    to_2d, to_3d = dim == 2, dim == 3
+
+    def reshape(kernel: Tensor) -> Tensor | None:
+        if dim == 2 and kernel.dim() == 5 and kernel.shape[2] == 1:
+            return kernel.squeeze(2)
+        if dim == 3 and kernel.dim() == 4:
+            return kernel.unsqueeze(2)
+        return kernel if kernel.dim() in (0, 1, 2, dim + 2) else None
+
+    reshaped = {name: reshape(entry.tensor) for name, entry in trunk.items()}
     bad = [
-        f"{key} {tuple(kernel.shape)}"
-        for key, kernel in kernels.items()
-        if not (to_3d and kernel.dim() == 4)
-        and not (to_2d and kernel.dim() == 5 and kernel.shape[2] == 1)
+        f"{n} {tuple(trunk[n].tensor.shape)}" for n, kernel in reshaped.items() if kernel is None
     ]
     if bad:
         raise ValueError(f"convolutions that cannot be {dim}-D: {_listed(bad)}")
-    reshaped = {k: v.unsqueeze(2) if to_3d else v.squeeze(2) for k, v in kernels.items()}
-    return {k: e._replace(tensor=reshaped.get(k, e.tensor)) for k, e in trunk.items()}
+    return {
+        n: _Entry(tensor, trunk[n].source) for n, tensor in reshaped.items() if tensor is not None
+    }
 
 
-def _write_blocks(dialect: Dialect, result: Conversion) -> None:
-    for name, block in result.blocks.items():
-        sources, dropped = block.sources, block.dropped
-        if not dialect.block:
-            dropped = dict.fromkeys(sources, "of a non-local block, which the target lacks")
+def _write_block(name: str, block: Block, dialect: Dialect, result: Conversion) -> None:
+    place = name
+    if dialect.trunk is not None:
+        place = _BACKBONE.sub("", name)
+        place = rename(place, dialect.places) or place
+    names = block_names(
+        dialect,
+        pooled=block.options.get("subsample") == 2,
+        normed=bool(block.options["norm"]),
+    )
+    why = "the target has no such counter" if names else "of a block, which the target lacks"
+    for ours, tensor in block.tensors.items():
+        if ours in names:
+            key = place + dialect.joint + names[ours] if place else names[ours]
+            result.put(key, tensor, block.sources.get(ours), block.added.get(ours, ""))
         else:
-            pooled = block.options.get("subsample")
-            if tell_pooling(dialect) and pooled not in (1, 2):
-                with _naming(name):
-                    raise ValueError(
-                        "the target names parameters by subsample, which must be given, 1 or 2; "
-                        f"got {pooled}"
-                    )
-            names = block_names(dialect, pooled=pooled == 2, normed=bool(block.options["norm"]))
-            place = name
-            if dialect.trunk is not None:
-                place = _BACKBONE.sub("", name)
-                place = rename(place, dialect.places) or place
-            for ours, tensor in block.tensors.items():
-                if ours in names:
-                    key = place + dialect.joint + names[ours] if place else names[ours]
-                    result.put(key, tensor, sources.get(ours), block.added.get(ours, ""))
-                else:  # num_batches_tracked
-                    dropped[ours] = "the target has no such counter"
-        result.dropped |= {sources[o]: why for o, why in dropped.items() if o in sources}
+            block.dropped[ours] = why
+    result.dropped |= {block.sources[o]: w for o, w in block.dropped.items() if o in block.sources}
 
 
 def _write_trunk(trunk: _Trunk, dialect: Dialect, result: Conversion) -> None:

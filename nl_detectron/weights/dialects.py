@@ -111,6 +111,7 @@ _CAFFE2_TRUNK = _caffe2(
     }
 )
 
+# By the released configs (NONLOCAL.USE_SCALE True) and with NONLOCAL.GROUP 1
 _AS_RELEASED = {"subsample_position": "before_conv", "scale": True, "axes": "spacetime"}
 _BLOCKS_ALONE = "not of a non-local block; of these networks the blocks alone are converted"
 _IMAGENET_RGB = (
@@ -136,6 +137,7 @@ DIALECTS = {
         wrapper="model",
     ),
     "detectron2": Dialect(trunk=None, fixed={"dim": 2}, wrapper="model"),
+    # With the places of mmaction2
     "mmcv": Dialect(
         block=_torch(
             {
@@ -202,6 +204,7 @@ DIALECTS = {
         pairwise=ALL_PAIRWISE,
         concat_dim=2,
     ),
+    # Of a block made without use_scale=False
     "timm": Dialect(
         block=_torch({"theta": "t", "phi": "p", "g": "g", "conv_out": "z", "norm": "norm"}),
         trunk=_TORCHVISION_TRUNK,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -27,6 +28,11 @@ _ALLOWED = {
     *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
 }
 
+_REFUSAL = (
+    "it holds {}, and only tensors, arrays, numbers, strings and their dictionaries and lists are "
+    "read: anything else could run code"
+)
+
 
 def load(path: str | Path) -> tuple[dict[str, Any], list[str]]:
     """Read the weights of a checkpoint, and the names of what else is in the file.
@@ -50,13 +56,16 @@ def load(path: str | Path) -> tuple[dict[str, Any], list[str]]:
         raise
     except Exception as error:  # a damaged file raises almost anything
         raise ValueError(f"cannot read {path}: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} holds a {type(data).__name__}, not a dictionary of tensors")
     wrappers = {dialect.wrapper for dialect in DIALECTS.values()}
-    for key in data:
-        if key in wrappers and isinstance(data[key], dict):
-            return data[key], [str(other) for other in data if other != key]
-    return data, []
+    beside: list[str] = []
+    if isinstance(data, dict):
+        for key in data:
+            if key in wrappers and isinstance(data[key], dict):
+                data, beside = data[key], [str(other) for other in data if other != key]
+                break
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise ValueError(f"{path} holds a {type(data).__name__}, not a dictionary of named tensors")
+    return data, beside
 
 
 def save(state: Mapping[str, Tensor], path: str | Path, dialect: Dialect) -> None:
@@ -108,15 +117,19 @@ def check_suffix(path: str | Path) -> Path:
 class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(
-                f"it holds {module}.{name}, and only numpy arrays, numbers, strings and their "
-                "dictionaries and lists are read: anything else could run code"
-            )
+            raise pickle.UnpicklingError(_REFUSAL.format(f"{module}.{name}"))
         return super().find_class(module, name)
 
 
 def _load_torch(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused is None:
+            raise
+        # torch's own words end in advice to switch the protection off
+        raise pickle.UnpicklingError(_REFUSAL.format(refused[1])) from None
 
 
 def _load_pickle(path: Path) -> Any:
