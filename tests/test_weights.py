@@ -236,6 +236,18 @@ def test_timm_to_one_unit_in_the_last_place():
             assert torch.equal(back.state[key], value)
 
 
+def test_same_bits_through_an_added_norm():
+    """What is added on the way out, an identity, is folded away on the way back."""
+    torch.set_default_dtype(torch.float32)
+    state = randomized(NonLocalBlock(C, reduction=4)).state_dict()
+    theirs = convert(state, "nl_detectron", "slowfast", told(scale=True, subsample=1))
+    assert len(theirs.added) == 4
+    back = convert(theirs.state, "slowfast", "nl_detectron", told(norm=""), dim=2)
+    assert back.state.keys() == state.keys()
+    for key, value in state.items():
+        assert torch.equal(back.state[key], value), key
+
+
 class TestChanges:
     """What may change without changing the function."""
 
@@ -310,6 +322,8 @@ class TestChanges:
             "scale": True,
             "axes": "spacetime",
         }
+        flat = convert(NonLocalBlock(C).state_dict(), "nl_detectron", "pytorchvideo")
+        assert "axes" not in flat.blocks[""].assumed
         known = told(subsample=1, pairwise="dot_product", axes="spacetime")
         assert convert(state, "nl_detectron", "pytorchvideo", known).blocks[""].assumed == {}
 

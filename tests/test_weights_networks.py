@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -58,9 +59,10 @@ def assert_same_bits(state, other):
 
 
 class TestResNet:
-    @pytest.mark.parametrize("dialect", ["torchvision", "timm"])
-    @pytest.mark.parametrize("depth", [18, 50])
-    def test_same_logits(self, depth, dialect):
+    @pytest.mark.parametrize(
+        ("dialect", "depth"), [("torchvision", 18), ("torchvision", 50), ("timm", 18)]
+    )
+    def test_same_logits(self, dialect, depth):
         theirs = randomized(getattr(torchvision.models, f"resnet{depth}")(num_classes=7))
         result = convert(theirs.state_dict(), dialect, "detectron2")
         assert_accounted(theirs.state_dict(), result)
@@ -81,6 +83,14 @@ class TestResNet:
         missing, unexpected = ours.load_state_dict(result.state, strict=False)
         assert not missing
         assert all("num_batches" in key or key.startswith("linear.") for key in unexpected)
+
+    def test_many_keys_are_listed_by_pattern(self):
+        state = torchvision.models.resnet18().state_dict()
+        with pytest.raises(ValueError, match="122 keys: ") as error:
+            convert(state, "caffe2", "detectron2")
+        patterns = str(error.value).split("122 keys: ")[1].split(", ")
+        assert "layer*.*.conv*.*" in patterns
+        assert all(any(fnmatch(key, pattern) for pattern in patterns) for key in state)
 
     def test_two_for_one_place(self):
         state = {

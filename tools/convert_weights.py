@@ -71,7 +71,7 @@ def report(result: Conversion, source: str, target: str, verbose: bool) -> Itera
             yield f"{len(keys)} {what}: {reason}"
             yield f"  {', '.join(shown)}{', ...' if len(keys) > len(shown) else ''}"
     if DIALECTS[target].block:
-        yield from describe_blocks(result)
+        yield from describe_blocks(result, target)
     note = DIALECTS[source].note or DIALECTS[target].note
     of_blocks = {key for block in result.blocks.values() for key in block.sources.values()}
     if note and set(result.mapped) - of_blocks:
@@ -79,25 +79,29 @@ def report(result: Conversion, source: str, target: str, verbose: bool) -> Itera
         yield f"What {library} trains its ResNets with: {note}."
 
 
-def describe_blocks(result: Conversion) -> Iterator[str]:
+def describe_blocks(result: Conversion, target: str) -> Iterator[str]:
     """Yield what MODEL.NON_LOCAL is for these blocks; blocks that are alike are told once."""
     alike: dict[str, list[str]] = {}
     for name, block in result.blocks.items():
-        alike.setdefault("\n".join(_describe(block)), []).append(name)
+        alike.setdefault("\n".join(_describe(block, target)), []).append(name)
     for text, names in alike.items():
-        yield f"MODEL.NON_LOCAL of {', '.join(filter(None, names)) or 'the block'}:"
+        of_these = ", ".join(filter(None, names)) or "the block"
+        if target == "nl_detectron":
+            yield f"MODEL.NON_LOCAL must be, for {of_these}:"
+        else:
+            yield f"What {of_these} computes in {target}, in the words of MODEL.NON_LOCAL:"
         yield text
 
 
-def _describe(block: Block) -> Iterator[str]:
+def _describe(block: Block, target: str) -> Iterator[str]:
     for option in ("pairwise", "reduction", "scale", "subsample", "subsample_position", "norm"):
-        if block.matters(option):
+        if option in block.assumed:
+            yield f"  {option.upper()} {block.options[option]}, taken for granted: make sure of it"
+        elif block.matters(option):
             value = block.options.get(option, "as in the source: the weights do not tell")
             yield f"  {option.upper()} {value or repr(value)}"
-    if block.options["dim"] != 2:
+    if target == "nl_detectron" and block.options["dim"] != 2:
         yield f"  the kernels are {block.options['dim']}-D; a detector needs them with --dim 2"
-    for option, value in block.assumed.items():
-        yield f"  {option.upper()} {value} was not told and is taken for granted"
     for change in block.changes:
         yield f"  for the same result, {change}"
 

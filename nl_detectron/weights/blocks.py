@@ -70,6 +70,7 @@ class Block:
             "reduction": width // inner,
             "subsample": None if pooled is None else 1 + pooled,
             "norm": self._norm(dialect),
+            "axes": None if len(shape) == 5 else "spacetime",
         }
         self.options = {k: v for k, v in dialect.fixed.items() if k != "dim"}
         self.options |= {k: v for k, v in told.items() if v is not None}

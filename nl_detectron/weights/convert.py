@@ -7,7 +7,7 @@ compute without changing its function, and written. What cannot be the same func
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from torch import Tensor
 from nl_detectron.weights.blocks import EPS, Block
 from nl_detectron.weights.dialects import DIALECTS, Dialect
 from nl_detectron.weights.files import to_tensor
-from nl_detectron.weights.names import block_names, find_blocks, inverse, rename
+from nl_detectron.weights.names import block_names, find_blocks, inverse, listed, rename
 
 # What stands before the names of a ResNet in a detector, and the parts of a detector beside it
 _BACKBONE = re.compile(r"^backbone\.(bottom_up\.)?(?=stem\.|res\d\.|linear\.)")
@@ -106,7 +106,7 @@ def convert(
     _write_trunk(trunk if dim is None else _reshaped(trunk, dim), wanted, result)
     if not result.state:
         raise ValueError(
-            f"{source!r} to {target!r}: is the dialect right? Nothing is left of {_listed(state)}"
+            f"{source!r} to {target!r}: is the dialect right? Nothing is left of {listed(state)}"
         )
     return result
 
@@ -140,7 +140,7 @@ def _read_blocks(entries: dict[str, _Entry], dialect: Dialect, result: Conversio
         with _naming(place):
             unknown = [key for key in entries if key.startswith(prefix)]
             if unknown:
-                raise ValueError(f"no such block has {_listed(unknown)}")
+                raise ValueError(f"no such block has {listed(unknown)}")
             block.understand(dialect, pooled)
         result.blocks[rename(place, to_ours) or place] = block
 
@@ -160,7 +160,7 @@ def _read_trunk(entries: dict[str, _Entry], dialect: Dialect, result: Conversion
             unknown.append(key)
     misplaced = [name for name in result.blocks if trunk and not rename(name, dialect.places)]
     if unknown or misplaced:
-        keys = _listed(unknown + misplaced)
+        keys = listed(unknown + misplaced)
         raise ValueError(f"not of this dialect, or lacking in ResNets of detectron2: {keys}")
     if dialect.affine_norm:
         _complete_norms(trunk)
@@ -191,7 +191,7 @@ def _reshaped(trunk: _Trunk, dim: int) -> _Trunk:
         f"{n} {tuple(trunk[n].tensor.shape)}" for n, kernel in reshaped.items() if kernel is None
     ]
     if bad:
-        raise ValueError(f"convolutions that cannot be {dim}-D: {_listed(bad)}")
+        raise ValueError(f"convolutions that cannot be {dim}-D: {listed(bad)}")
     return {
         n: _Entry(tensor, trunk[n].source) for n, tensor in reshaped.items() if tensor is not None
     }
@@ -236,7 +236,7 @@ def _write_trunk(trunk: _Trunk, dialect: Dialect, result: Conversion) -> None:
         else:
             unknown.append(name)
     if unknown:
-        raise ValueError(f"the target has nothing for {_listed(unknown)}")
+        raise ValueError(f"the target has nothing for {listed(unknown)}")
 
 
 @contextmanager
@@ -245,7 +245,3 @@ def _naming(block: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"non-local block {block!r}: {error}") from None
-
-
-def _listed(keys: Collection[str]) -> str:
-    return f"{len(keys)} keys: {', '.join(keys)}"

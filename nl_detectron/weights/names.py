@@ -54,3 +54,11 @@ def find_blocks(
             if prefix != key and at_joint and prefix + names["g.weight"] in keys:
                 found.setdefault(prefix, (names, pooled if tell_pooling(dialect) else None))
     return found
+
+
+def listed(keys: Collection[str]) -> str:
+    """Text for a message: how many keys, and each of them, or of more than 20 their patterns."""
+    shown = keys
+    if len(keys) > 20:
+        shown = dict.fromkeys(re.sub(r"\d+|[^._]+$", "*", key) for key in keys)
+    return f"{len(keys)} keys: {', '.join(shown)}"
