@@ -344,12 +344,18 @@ class TestRefusals:
             ),
             ({}, "timm", {"subsample": 2}, "subsample is 2; with 1"),
             ({}, "timm", {"pairwise": "dot_product"}, "pairwise must be one of"),
-            ({"pairwise": "gaussian"}, "slowfast", {}, "got 'gaussian'"),
+            (
+                {"pairwise": "gaussian"},
+                "slowfast",
+                {},
+                "pairwise must be one of .*, got 'gaussian'",
+            ),
             ({"pairwise": "concatenation"}, "caffe2", {}, "got 'concatenation'"),
             ({"pairwise": "concatenation"}, "caffe2", {"pairwise": "gaussian"}, "is 'concatenati"),
             ({"in_channels": 32, "norm": "GN"}, "slowfast", {}, "norm is 'GN'; with 'BN'"),
             ({"in_channels": 32, "norm": "GN"}, "pytorchvideo", {}, "norm is 'GN'; with 'BN'"),
             ({"dim": 3}, "pytorchvideo", {"axes": "time"}, "axes is 'time'; with 'spacetime'"),
+            ({}, "mmcv", {"pairwise": "gaussian"}, "by its weights, pairwise is one of"),
             ({}, "pytorchvideo", {"scale": False}, "give pairwise"),
             ({}, "pytorchvideo", {"reduction": 4}, "reduction is 2; with 4"),
             ({}, "pytorchvideo", {"subsampel": 2}, "got 'subsampel'"),
@@ -375,7 +381,11 @@ class TestRefusals:
             ("mmcv", dict.fromkeys(STATISTICS), "not batch norm"),
             ("mmcv", {"conv_out.bn.weight": "text"}, "the norm has only bias, num_batches"),
             ("mmcv", {"conv_out.bn.running_var": None}, "the norm has only bias, num_batches"),
-            ("pytorchvideo", {"conv_theta.weight": None, "conv_phi.weight": None}, "'gaussian'"),
+            (
+                "pytorchvideo",
+                {"conv_theta.weight": None, "conv_phi.weight": None},
+                "keys of 'gaussian'",
+            ),
         ],
     )
     def test_of_theirs(self, dialect, change, message):

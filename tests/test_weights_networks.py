@@ -298,7 +298,7 @@ class TestTool:
         )
         assert f"{place}theta.conv.weight -> res4.non_local4.theta.weight" in out
         assert "1 left out: beside the weights in the file\n  meta\n" in out
-        for line in ("SUBSAMPLE_POSITION after_conv", "SUBSAMPLE 2", "NORM BN", "REDUCTION 2"):
+        for line in ("SUBSAMPLE_POSITION after_conv", "NORM BN", "AFTER_BLOCKS.RES4 (4,)"):
             assert f"  {line}\n" in out
         for unknown in ("PAIRWISE", "SCALE"):
             assert f"  {unknown} as in the source: the weights do not tell\n" in out
@@ -351,6 +351,24 @@ class TestTool:
             )
         assert e.value.code != 0
         assert not (tmp_path / "out.pth").exists()
+
+    @pytest.mark.parametrize(
+        ("text", "message"), [(None, "no config at"), ("MODEL: {DEPHT: 50}", "MODEL.DEPHT")]
+    )
+    def test_bad_config(self, text, message, run, tmp_path):
+        if text:
+            (tmp_path / "x.yaml").write_text(text)
+        with pytest.raises(SystemExit, match=message):
+            run(
+                "in.pth",
+                "out.pth",
+                "--from",
+                "mmcv",
+                "--to",
+                "mmcv",
+                "--config-file",
+                tmp_path / "x.yaml",
+            )
 
     def test_missing_file(self, run, tmp_path):
         with pytest.raises(SystemExit, match="no checkpoint at"):

@@ -35,7 +35,10 @@ class Detector:
             raise FileNotFoundError(f"no config at {config_file}")
         self.cfg: CfgNode = get_cfg()
         add_non_local_config(self.cfg)
-        self.cfg.merge_from_file(config_file)
+        try:
+            self.cfg.merge_from_file(config_file)
+        except (AssertionError, KeyError) as error:
+            raise ValueError(f"{config_file}: {error.args[0]}") from error
         self.cfg.MODEL.DEVICE = "cpu"
         modules = build_model(self.cfg).named_modules()
         self.blocks = {name: m for name, m in modules if isinstance(m, NonLocalBlock)}
@@ -54,8 +57,8 @@ class Detector:
         for name, block in self.blocks.items():
             if not whole:
                 name = re.sub(r"^backbone\.(bottom_up\.)?", "", name)
-            for parameter, tensor in block.state_dict().items():
-                if f"{name}.{parameter}" not in result.state:
+            if not any(key.startswith(f"{name}.") for key in result.state):
+                for parameter, tensor in block.state_dict().items():
                     result.put(f"{name}.{parameter}", tensor, None, "of a new block")
 
 
@@ -91,6 +94,11 @@ def describe_blocks(result: Conversion, target: str) -> Iterator[str]:
         else:
             yield f"What {of_these} computes in {target}, in the words of MODEL.NON_LOCAL:"
         yield text
+    if target == "nl_detectron":
+        places = re.findall(r"\b(res\d)\.non_local(\d+)", " ".join(result.blocks))
+        for stage in sorted({stage for stage, _ in places}):
+            indices = tuple(sorted(int(i) for other, i in places if other == stage))
+            yield f"  AFTER_BLOCKS.{stage.upper()} {indices}"
 
 
 def _describe(block: Block, target: str) -> Iterator[str]:

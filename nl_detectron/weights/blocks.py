@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nl_detectron.weights.dialects import Dialect
+from nl_detectron.weights.dialects import SAME_PARAMETERS, Dialect
 from nl_detectron.weights.names import tell_pooling
 
 EPS = 1e-5  # of the batch norm of every dialect
@@ -109,6 +109,10 @@ class Block:
                 self._add_norm()
             elif option == "scale" and current is not None:
                 self._move_scale(value)
+            elif option == "pairwise" and current is None and value not in SAME_PARAMETERS:
+                raise ValueError(
+                    f"by its weights, pairwise is one of {SAME_PARAMETERS}, got {value!r}"
+                )
             elif current is not None and self.matters(option):
                 raise ValueError(
                     f"{option} is {current!r}; with {value!r} it would be another function"
@@ -178,7 +182,9 @@ class Block:
         else:
             return dialect.pairwise[0] if len(dialect.pairwise) == 1 else None
         if pairwise not in dialect.pairwise:
-            raise ValueError(f"theta and phi, or keys of {pairwise!r} only, do not exist here")
+            raise ValueError(
+                f"pairwise must be one of {dialect.pairwise}, got the keys of {pairwise!r}"
+            )
         return pairwise
 
     def _norm(self, dialect: Dialect) -> str:
