@@ -66,7 +66,7 @@ def build(cfg, part):
 
 
 def fingerprint(cfg, part):
-    """A model's parameters by name, and what it computes once their names decide their values."""
+    """A model's parameters, what it computes once their names decide their values, what it saves."""
     model = build(cfg, part).eval()
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
@@ -74,12 +74,13 @@ def fingerprint(cfg, part):
             std = parameter[0].numel() ** -0.5
             parameter.data.normal_(std=std, generator=generator)
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape), id):
         if part == "head":
             out = model.layers(torch.randn(2, 6, 14, 14, generator=generator))
         else:
             out = model(torch.randn(1, 3, 64, 64, generator=generator))["res5"]
-    return {name: p.shape for name, p in model.named_parameters()}, out
+    return ({name: p.shape for name, p in model.named_parameters()}, saved), out
 
 
 @pytest.fixture
