@@ -6,7 +6,7 @@ Shapes: N batch, C in, D inner, P positions, Q queries, K keys; "map" is (N, C, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -144,15 +144,30 @@ class NonLocalBlock(CNNBlockBase):
             y = self._respond(x)
         return x + self._project(y)
 
-    def attention(self, x: Tensor) -> Tensor:
+    def attention(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
         """The explicit attention matrix of the block for the map x.
+
+        Args:
+            x: the map.
+            queries: (Q,) positions to compute rows for, counted in row-major order; all of them
+                without it.
 
         Returns:
             (N, Q, K), positions in row-major order, K after subsampling. With ``axes="space"`` N
             counts frames (N * T of them), with "time" it counts places (N * H * W).
         """
         theta, phi, _, w_f = self._embed(x)
+        if queries is not None:
+            theta = theta[:, queries]
         return ops.attention(theta, phi, pairwise=self.pairwise, scale=self.scale, w_f=w_f)
+
+    def pool_window(self, size: Sequence[int]) -> list[int]:
+        """Positions that one key covers along each axis of a map of this size, such as (H, W)."""
+        # A map narrower than the stride is pooled to one position, not to none.
+        window = [min(self.subsample, length) for length in size]
+        if self.dim == 3:
+            window[0] = 1
+        return window
 
     def _respond(self, x: Tensor) -> Tensor:
         """Map x -> map y with D channels, Eq. 1."""
@@ -217,11 +232,7 @@ class NonLocalBlock(CNNBlockBase):
     def _pool(self, x: Tensor) -> Tensor:
         if self.subsample == 1:
             return x
-        # A map narrower than the stride is pooled to one position, not to none.
-        kernel = [min(self.subsample, size) for size in x.shape[2:]]
-        if self.dim == 3:
-            kernel[0] = 1
-        return _MAX_POOL[self.dim](x, kernel)
+        return _MAX_POOL[self.dim](x, self.pool_window(x.shape[2:]))
 
     def _to_rows(self, x: Tensor) -> Tensor:
         """Map -> (N, P, C); the axes over which j does not run join N."""

@@ -66,7 +66,7 @@ def build(cfg, part):
 
 
 def fingerprint(cfg, part):
-    """A model's parameters, what it computes once their names decide their values, what it saves."""
+    """Parameters, what they compute once their names decide their values, and what is saved for it."""
     model = build(cfg, part).eval()
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:

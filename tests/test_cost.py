@@ -55,4 +55,5 @@ def test_multiplications_and_choice():
     assert (cost.path, cost.parameters) == ("linear", 2_099_712)
     assert cost.macs == convolutions + (q + k) * d * d
     assert cost.textbook_macs == convolutions + 2 * q * k * d
-    assert next(block.parameters()).is_meta and block.path is None
+    assert next(block.parameters()).is_meta
+    assert block.path is None

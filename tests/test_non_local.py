@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -354,6 +355,29 @@ def test_attention(pairwise):
     identity = torch.eye(6, dtype=torch.float64).expand(N, 6, 6)
     rows = [t.flatten(2).transpose(1, 2) for t in (theta, phi)]
     assert_close(attention, oracles.operation(*rows, identity, pairwise, w_f=w_f))
+
+
+@pairwises
+def test_attention_of_chosen_queries(pairwise):
+    block, x = make(pairwise=pairwise, subsample=2), sample(2)
+    queries = torch.tensor([34, 0, 11])
+    assert_close(block.attention(x, queries), block.attention(x)[:, queries])
+
+
+@pytest.mark.parametrize(
+    ("dim", "subsample", "size", "window"),
+    [
+        (1, 2, (7,), [2]),
+        (2, 3, (5, 2), [3, 2]),
+        (3, 2, (7, 5, 1), [1, 2, 1]),
+        (2, 1, (5, 7), [1, 1]),
+    ],
+)
+def test_pool_window(dim, subsample, size, window):
+    block = make(dim=dim, subsample=subsample)
+    assert block.pool_window(size) == window
+    keys = block.attention(torch.randn(1, C, *size).double(), torch.tensor([0])).shape[-1]
+    assert keys == math.prod(length // w for length, w in zip(size, window))
 
 
 def test_attention_has_no_scale_where_the_block_has_none():
