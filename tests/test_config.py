@@ -66,7 +66,7 @@ def build(cfg, part):
 
 
 def fingerprint(cfg, part):
-    """Parameters, what they compute once their names decide their values, and what is saved for it."""
+    """Parameters, what is saved for backward, and the result once names decide all values."""
     model = build(cfg, part).eval()
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:

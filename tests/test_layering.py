@@ -18,10 +18,10 @@ CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 # A module imports only from layers before its own.
 LAYERS = [
-    ["paths", "config"],
+    ["paths", "config", "cells"],
     ["ops"],
     ["non_local"],
-    ["backbone", "keypoint_head"],
+    ["backbone", "keypoint_head", "checkpoint", "attention"],
     [],
     ["__init__"],
     ["env"],
