@@ -133,7 +133,7 @@ class TestTrainNet:
     def test_own_keypoints_train_and_evaluate(self, own_data, tmp_path):
         command = ["tools/train_net.py", "--config-file", self.CONFIG]
         command += own_data_arguments(own_data, "train", "test")
-        command += ["OUTPUT_DIR", tmp_path, *TINY, "TEST.EVAL_PERIOD", "0"]
+        command += ["--health-period", "1", "OUTPUT_DIR", tmp_path, *TINY, "TEST.EVAL_PERIOD", "0"]
         refused = run(*command)
         assert refused.returncode != 0
         assert "TEST.KEYPOINT_OKS_SIGMAS has 17 values" in refused.stderr
@@ -141,7 +141,9 @@ class TestTrainNet:
 
         done = run(*command, "TEST.KEYPOINT_OKS_SIGMAS", "(0.1,0.1)")
         assert done.returncode == 0, done.stderr
-        assert {"bbox/AP", "keypoints/AP"} <= set(metrics(tmp_path)[-1])
+        logged = {key: value for line in metrics(tmp_path) for key, value in line.items()}
+        assert {"bbox/AP", "keypoints/AP"} <= set(logged)
+        assert logged["non_local/backbone.bottom_up.res4.non_local0/residual_ratio"] > 0
         model = torch.load(tmp_path / "model_final.pth", weights_only=False)["model"]
         assert model["roi_heads.box_predictor.cls_score.weight"].shape[0] == 1 + 1
         assert model["roi_heads.keypoint_head.score_lowres.weight"].shape[1] == 2

@@ -36,6 +36,7 @@ from detectron2.utils import comm
 from nl_detectron import add_non_local_config
 from nl_detectron.checkpoint import StrictCheckpointer
 from nl_detectron.coco_files import register_coco_files
+from nl_detectron.health import BlockHealthHook
 
 logger = logging.getLogger("nl_detectron")
 
@@ -43,9 +44,13 @@ logger = logging.getLogger("nl_detectron")
 class Trainer(DefaultTrainer):
     """``DefaultTrainer`` with a COCO evaluator and a strict checkpointer."""
 
-    def __init__(self, cfg: CfgNode, may_lack: list[str]):
-        """See ``DefaultTrainer``; ``may_lack`` as in :class:`StrictCheckpointer`."""
+    def __init__(self, cfg: CfgNode, may_lack: list[str], health_period: int):
+        """See ``DefaultTrainer``; ``may_lack`` as in :class:`StrictCheckpointer`.
+
+        ``health_period`` as in :class:`BlockHealthHook`; 0 is off.
+        """
         self.may_lack = may_lack
+        self.health_period = health_period
         super().__init__(cfg)
 
     def build_hooks(self) -> list:
@@ -56,7 +61,10 @@ class Trainer(DefaultTrainer):
             may_lack=self.may_lack,
             trainer=weakref.proxy(self),
         )
-        return super().build_hooks()
+        hooks = super().build_hooks()
+        if self.health_period:
+            hooks.append(BlockHealthHook(self.health_period, self._trainer.model))
+        return hooks
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
@@ -132,7 +140,7 @@ def main(args: argparse.Namespace) -> Any:
     if cfg.MODEL.DEVICE == "cpu":
         # The stock call hands the local rank to DDP as a GPU number, which DDP refuses on CPU.
         defaults.create_ddp_model = functools.partial(defaults.create_ddp_model, device_ids=None)
-    trainer = Trainer(cfg, may_lack)
+    trainer = Trainer(cfg, may_lack, args.health_period)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()
 
@@ -156,6 +164,13 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--allow-partial", action="store_true", help="accept a checkpoint that lacks anything"
+    )
+    parser.add_argument(
+        "--health-period",
+        type=int,
+        default=0,
+        metavar="N",
+        help="log every N iterations what the non-local blocks do; 0 is off",
     )
     return parser.parse_args()
 

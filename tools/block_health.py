@@ -1,0 +1,56 @@
+"""Print what each non-local block of a trained model does on a few images, as a table.
+
+Residual ratio: |W_z y| / |x|, 0 for a block that does nothing. Entropy: 1 where a query looks at
+everything alike, 0 where at one place. Query dependence: 0 where all queries look at the same
+places, 1 where no two do. Exact definitions: nl_detectron/health.py. Means over the images.
+
+    python tools/block_health.py --config-file my.yaml --weights model_final.pth --input images/
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nl_detectron.attention import find_blocks
+from nl_detectron.health import BlockHealth, watch_health
+from nl_detectron.inference import for_each_image, load_detector, network_input
+
+
+def main() -> None:
+    """Parse the arguments, run the model and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True)
+    parser.add_argument("--weights", help="checkpoint; default: the config's")
+    parser.add_argument("--input", type=Path, required=True, help="image, or folder of images")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
+    args = parser.parse_args()
+    try:
+        cfg, model = load_detector(args.config_file, args.weights, args.opts)
+        blocks = find_blocks(model)
+    except (AssertionError, KeyError, OSError, ValueError) as error:
+        raise SystemExit(f"{error}") from error
+
+    measured: dict[str, list[BlockHealth]] = defaultdict(list)
+
+    def measure(path: Path, image: np.ndarray) -> None:
+        with torch.no_grad(), watch_health(model, lambda name, h: measured[name].append(h)):
+            model([network_input(cfg, image)])
+
+    for_each_image(args.input, measure)
+    print("| block | residual ratio | entropy | query dependence |")
+    print("|---|---:|---:|---:|")
+    for name in blocks:
+        # A block of a head has nothing to measure where nothing is detected.
+        means = np.mean(measured[name], axis=0) if measured[name] else np.full(3, np.nan)
+        print(f"| {name} | {' | '.join(f'{mean:.3f}' for mean in means)} |")
+
+
+if __name__ == "__main__":
+    main()
