@@ -103,6 +103,7 @@ class TestRecordAttention:
         with record_attention(nn.Sequential(block)) as recordings:
             (gradient,) = torch.autograd.grad(block(x).square().sum(), x)
         assert torch.equal(gradient, expected)
+        assert not recordings["0"].last_input.requires_grad
         assert not recordings["0"].attention((0, 0)).requires_grad
 
     def test_block_that_did_not_run(self):
@@ -197,6 +198,13 @@ class TestPlantedPair:
         grid = CellGrid.of_roi((rois[1] * scale.repeat(2)).tolist(), (14, 14))
         attention = attention_map(recording, grid, planted.SIZE, *centre(red_box), sample=1)
         assert_points_at(attention, blue_box)
+
+
+def test_keys_are_cut_off_at_the_border_of_the_image():
+    recording = record(make(), torch.rand(1, C, 5, 7))
+    attention = attention_map(recording, CellGrid(16.0, 16.0), (40, 60), 5.0, 5.0)
+    assert attention.in_image.tolist() == [[True] * 4 + [False] * 3] * 3 + [[False] * 7] * 2
+    assert attention.boxes[2, 3].tolist() == [48, 32, 60, 40]
 
 
 class TestClips:

@@ -183,8 +183,9 @@ def main() -> None:
     visualizer = Visualizer(cfg, model, args)
     for_each_image(args.input, visualizer)
     if args.input.is_dir():
-        per_image = 2 * len(args.query + args.joint)
-        save_grid(args.output / "grid.png", visualizer.pictures[:GRID], columns=max(4, per_image))
+        pictures = visualizer.pictures[:GRID]
+        columns = min(len(pictures), max(4, 2 * len(args.query + args.joint)))
+        save_grid(args.output / "grid.png", pictures, columns)
 
 
 if __name__ == "__main__":
