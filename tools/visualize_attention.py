@@ -12,7 +12,7 @@ as .npz (weights, boxes of the keys in the image, query). A folder gives grid.pn
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class Visualizer:
                     roi = first_holding(boxes, x, y)
                     grid = CellGrid.of_roi(boxes[roi], recording.last_input.shape[2:])
                     attention = attention_map(recording, grid, size, x, y, sample=roi)
-                    view = with_margin(boxes[roi])
+                    view = with_margin(boxes[roi], size)
                 self.save(path, image, recording, label, attention, view)
 
     def detect(self, inputs: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -136,11 +136,17 @@ def first_holding(boxes: np.ndarray, x: float, y: float) -> int:
     return int(holding.argmax())
 
 
-def with_margin(box: np.ndarray) -> tuple[float, float, float, float]:
-    """The box and a tenth of its size around it."""
+def with_margin(box: np.ndarray, image_size: Sequence[int]) -> tuple[float, float, float, float]:
+    """The box and a tenth of its size around it, as far as the image goes."""
     x0, y0, x1, y1 = box.tolist()
     margin = 0.1 * max(x1 - x0, y1 - y0)
-    return x0 - margin, y0 - margin, x1 + margin, y1 + margin
+    height, width = image_size
+    return (
+        max(x0 - margin, 0),
+        max(y0 - margin, 0),
+        min(x1 + margin, width),
+        min(y1 + margin, height),
+    )
 
 
 def point(text: str) -> tuple[int, int]:
