@@ -5,8 +5,32 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+
+
+def use_coco_files(cfg: CfgNode, split: str, json_file: str, image_dir: str) -> None:
+    """Let a config train or test on COCO files, with their numbers of classes and keypoints.
+
+    Args:
+        cfg: is changed.
+        split: "train" or "test"; the data set is registered as ``own_{split}``.
+        json_file: as in :func:`register_coco_files`.
+        image_dir: as in :func:`register_coco_files`.
+    """
+    name = f"own_{split}"
+    register_coco_files(name, json_file, image_dir)
+    cfg.DATASETS[split.upper()] = (name,)
+    metadata = MetadataCatalog.get(name)
+    num_classes = len(metadata.thing_classes)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = num_classes
+    if cfg.MODEL.KEYPOINT_ON:
+        if not metadata.get("keypoint_names"):
+            raise ValueError(
+                f"MODEL.KEYPOINT_ON, but the categories of {json_file} name no keypoints"
+            )
+        cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = len(metadata.keypoint_names)
 
 
 def register_coco_files(name: str, json_file: str, image_dir: str) -> None:

@@ -1,11 +1,15 @@
-"""The config node ``MODEL.NON_LOCAL``: its defaults, and what they mean for a block."""
+"""The config node ``MODEL.NON_LOCAL``: its defaults, what they mean, and how to read a file."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from detectron2.config import CfgNode
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
 
 STAGES = ("res2", "res3", "res4", "res5")
 
@@ -51,6 +55,42 @@ def add_non_local_config(cfg: CfgNode) -> None:
         # A misspelt key in a YAML file is refused when the model is built, with the nearest name;
         # yacs itself would only say that it does not exist.
         cfg.MODEL.NON_LOCAL.set_new_allowed(True)
+
+
+def load_config(path: str | Path, options: Sequence[Any] = ()) -> CfgNode:
+    """Read a YAML config, and choose the CPU where CUDA is absent.
+
+    Args:
+        path: the file.
+        options: config keys and values in turn, which win over the file.
+
+    Raises:
+        ValueError: no such file, not YAML, or an unknown key, with the nearest known one.
+    """
+    cfg = get_cfg()
+    add_non_local_config(cfg)
+    if Path(path).suffix == ".py":
+        raise ValueError(f"{path} is a LazyConfig; give the YAML config beside it")
+    try:
+        cfg.merge_from_file(str(path))
+        cfg.merge_from_list(list(options))
+    except (AssertionError, KeyError) as error:
+        raise ValueError(_with_nearest_key(cfg, error)) from error
+    except (AttributeError, TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is not a YAML config: {error}") from error
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
+def stock_twin(cfg: CfgNode) -> CfgNode:
+    """Return the same config without the blocks: stock detectron2's backbone and keypoint head."""
+    twin = cfg.clone()
+    twin.defrost()
+    twin.MODEL.BACKBONE.NAME = cfg.MODEL.BACKBONE.NAME.replace("non_local_", "")
+    if cfg.MODEL.ROI_KEYPOINT_HEAD.NAME == "NonLocalKeypointHead":
+        twin.MODEL.ROI_KEYPOINT_HEAD.NAME = get_cfg().MODEL.ROI_KEYPOINT_HEAD.NAME
+    return twin
 
 
 def backbone_options(cfg: CfgNode) -> dict[str, Any]:
@@ -104,3 +144,17 @@ def _check_keys(path: str, node: CfgNode, known: dict[str, Any]) -> None:
                 f"unknown config key {path}.{key}, did you mean {nearest}? "
                 f"Allowed: {', '.join(known)}"
             )
+
+
+def _with_nearest_key(cfg: CfgNode, error: Exception) -> str:
+    message = str(error.args[0]) if isinstance(error, KeyError) else str(error)
+    nearest = difflib.get_close_matches(message.split()[-1], list(_flat_keys(cfg)), n=1)
+    return f"{message}; did you mean {nearest[0]}?" if nearest else message
+
+
+def _flat_keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from _flat_keys(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key

@@ -18,6 +18,7 @@ from torch import nn
 
 from nl_detectron import NonLocalBlock, add_non_local_config
 from nl_detectron.checkpoint import StrictCheckpointer
+from nl_detectron.config import stock_twin
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -88,13 +89,6 @@ def load_stock_yaml(name):
 @functools.cache
 def load_lazy(leaf):
     return LazyConfig.load(str(CONFIGS / f"{leaf}.py"))
-
-
-def without_blocks(cfg):
-    cfg = cfg.clone()
-    cfg.MODEL.BACKBONE.NAME = cfg.MODEL.BACKBONE.NAME.replace("non_local_", "")
-    cfg.MODEL.ROI_KEYPOINT_HEAD.NAME = get_cfg().MODEL.ROI_KEYPOINT_HEAD.NAME
-    return cfg
 
 
 @functools.cache
@@ -260,7 +254,7 @@ def test_twins_have_the_same_data_and_schedule(leaf):
 @pytest.mark.parametrize("leaf", WITH_STOCK_LEAF)
 def test_without_its_blocks_a_config_is_the_installed_one(leaf):
     stock = load_stock_yaml(re.sub("_NL5?(?=_FPN)|_NLhead", "", leaf) + ".yaml")
-    cfg = without_blocks(load_yaml(CONFIGS / f"{leaf}.yaml"))
+    cfg = stock_twin(load_yaml(CONFIGS / f"{leaf}.yaml"))
     cfg.MODEL.NON_LOCAL = stock.MODEL.NON_LOCAL
     assert cfg == stock
 
@@ -268,7 +262,7 @@ def test_without_its_blocks_a_config_is_the_installed_one(leaf):
 @each_yaml_leaf
 def test_blocks_add_parameters_and_change_none(leaf):
     with torch.device("meta"):
-        stock = build_model(without_blocks(load_yaml(CONFIGS / f"{leaf}.yaml")))
+        stock = build_model(stock_twin(load_yaml(CONFIGS / f"{leaf}.yaml")))
     ours = parameters(yaml_model(leaf))
     added = {name: ours.pop(name) for name in list(ours) if ".non_local" in name}
     assert ours == parameters(stock)
@@ -281,7 +275,7 @@ def test_blocks_add_parameters_and_change_none(leaf):
 def test_checkpoint_with_stock_names_loads(leaf, tmp_path):
     with torch.device("meta"):
         model = build_model(load_yaml(CONFIGS / f"{leaf}.yaml")).to_empty(device="cpu")
-        stock = build_model(without_blocks(load_yaml(CONFIGS / f"{leaf}.yaml")))
+        stock = build_model(stock_twin(load_yaml(CONFIGS / f"{leaf}.yaml")))
     checkpoint = {name: torch.rand(shape) for name, shape in shapes(stock).items()}
     torch.save({"model": checkpoint}, tmp_path / "stock.pth")
     StrictCheckpointer(model).load(str(tmp_path / "stock.pth"))
