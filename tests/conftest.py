@@ -9,6 +9,7 @@ import torch
 from detectron2.config import get_cfg
 
 from nl_detectron import add_non_local_config
+from nl_detectron.coco_files import register_coco_files
 from tests.generated_coco import write_coco
 
 
@@ -81,3 +82,10 @@ def own_data(tmp_path_factory):
     return write_coco(
         folder / "images", "bars.json", num_images=4, categories=categories, keypoints=2
     )
+
+
+@pytest.fixture(scope="session")
+def own_data_name(own_data):
+    """Its name in detectron2's catalogue."""
+    register_coco_files("own_data", str(own_data), str(own_data.parent / "images"))
+    return "own_data"

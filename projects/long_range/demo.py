@@ -12,10 +12,9 @@ from pathlib import Path
 
 from long_range.dataset import SPLIT_SIZES, register, write_dataset
 from long_range.pictures import draw_figure
-from long_range.twins import SUFFIXES, train_twin
+from long_range.twins import Trainer, twin_config
 
-LABELS = {"stock": "stock", "non_local": "non-local"}
-TASK_LABELS = {"bbox": "box AP", "segm": "mask AP", "keypoints": "keypoint AP"}
+from nl_detectron.twins import LABELS, ap_table, draw_losses, train_twin
 
 
 def parse_args() -> argparse.Namespace:
@@ -25,7 +24,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="for data, weights and order")
     parser.add_argument("--output", type=Path, default=Path("output/long_range"))
     parser.add_argument("--budget", type=float, default=1.0, help="iterations, times the config's")
-    parser.add_argument("--only", choices=SUFFIXES, help="train one twin, not both")
+    parser.add_argument("--only", choices=LABELS, help="train one twin, not both")
     parser.add_argument("--keypoints", action="store_true", help="which end of a bar is its head?")
     return parser.parse_args()
 
@@ -45,35 +44,28 @@ def main() -> None:
         write_dataset(data, kind, split, seed=args.seed, size=size)
         register(data, kind, split)
 
-    results = {}
-    for twin in [args.only] if args.only else SUFFIXES:
-        print(f"{LABELS[twin]} twin", flush=True)
+    runs = {}
+    for twin in [args.only] if args.only else LABELS:
+        label = LABELS[twin]
+        print(f"{label} twin", flush=True)
         start = time.monotonic()
-        results[twin] = train_twin(
-            kind, twin, output=folder / twin, seed=args.seed, budget=args.budget
-        )
+        cfg = twin_config(kind, twin, output=folder / twin, seed=args.seed, budget=args.budget)
+        runs[label] = train_twin(cfg, trainer_class=Trainer)
         print(f"  done in {(time.monotonic() - start) / 60:.1f} min")
-    print_table(results)
+    print("\n" + ap_table({label: run.ap for label, run in runs.items()}) + "\n", flush=True)
 
-    files = {LABELS[twin]: folder / twin / "coco_instances_results.json" for twin in results}
+    path = folder / "losses.png"
+    draw_losses(path, {label: run.losses["total_loss"] for label, run in runs.items()})
+    print(path)
+    files = {
+        label: folder / twin / "inference" / "coco_instances_results.json"
+        for twin, label in LABELS.items()
+        if label in runs
+    }
     for first in (0, 2, 4):
         path = folder / f"pictures{first // 2}.png"
         draw_figure(path, data, files, (first, first + 1))
         print(path)
-
-
-def print_table(results: dict[str, dict[str, float]]) -> None:
-    """One row a twin, one column a task, and the difference where there are two twins."""
-    tasks = list(next(iter(results.values())))
-    print("\n" + " " * 12 + "".join(f"{TASK_LABELS[task]:>13}" for task in tasks))
-    rows = {LABELS[twin]: [scores[task] for task in tasks] for twin, scores in results.items()}
-    for label, scores in rows.items():
-        print(f"{label:<12}" + "".join(f"{score:13.1f}" for score in scores))
-    if len(rows) == 2:
-        stock, non_local = rows.values()
-        gains = "".join(f"{b - a:+13.1f}" for a, b in zip(stock, non_local))
-        print(f"{'difference':<12}{gains}")
-    print(flush=True)
 
 
 if __name__ == "__main__":

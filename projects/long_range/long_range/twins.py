@@ -1,4 +1,4 @@
-"""Twins: a stock detector and the same detector with a non-local block, trained alike."""
+"""How the demo trains its twins: their configs, their optimizer, and a line of progress."""
 
 from __future__ import annotations
 
@@ -8,23 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, get_cfg
-from detectron2.engine import DefaultTrainer
-from detectron2.evaluation import COCOEvaluator
-from detectron2.modeling import build_model
+from detectron2.config import CfgNode
 from detectron2.solver.build import get_default_optimizer_params
-from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventWriter, get_event_storage
 
-from nl_detectron import add_non_local_config
+from nl_detectron.config import load_config, stock_twin
+from nl_detectron.twins import LABELS, TwinTrainer
 
 from .dataset import check_choice
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-CONFIG_NAMES = {"instances": "mask_rcnn_R_50_FPN", "keypoints": "keypoint_rcnn_R_50_FPN"}
-SUFFIXES = {"stock": "", "non_local": "_NL"}
-"""The twins, and what their configs' names end with."""
-TASKS = {"instances": ("bbox", "segm"), "keypoints": ("bbox", "keypoints")}
+CONFIG_NAMES = {"instances": "mask_rcnn_R_50_FPN_NL", "keypoints": "keypoint_rcnn_R_50_FPN_NL"}
 
 
 def twin_config(kind: str, twin: str, *, output: Path, seed: int, budget: float = 1.0) -> CfgNode:
@@ -32,7 +26,7 @@ def twin_config(kind: str, twin: str, *, output: Path, seed: int, budget: float 
 
     Args:
         kind: a key of `CONFIG_NAMES`.
-        twin: a key of `SUFFIXES`.
+        twin: a key of `LABELS`.
         output: folder for checkpoints, metrics and predictions.
         seed: for the initial weights and the order of the pictures.
         budget: iterations, as a multiple of what the config says.
@@ -44,55 +38,21 @@ def twin_config(kind: str, twin: str, *, output: Path, seed: int, budget: float 
         ValueError: unknown ``kind`` or ``twin``, or a budget of less than one iteration.
     """
     check_choice("kind", kind, CONFIG_NAMES)
-    check_choice("twin", twin, SUFFIXES)
-    cfg = get_cfg()
-    add_non_local_config(cfg)
-    cfg.merge_from_file(str(CONFIGS / f"{CONFIG_NAMES[kind]}{SUFFIXES[twin]}.yaml"))
+    check_choice("twin", twin, LABELS)
+    cfg = load_config(CONFIGS / f"{CONFIG_NAMES[kind]}.yaml")
+    if twin == "stock":
+        cfg = stock_twin(cfg)
     cfg.SOLVER.MAX_ITER = round(cfg.SOLVER.MAX_ITER * budget)
     if cfg.SOLVER.MAX_ITER < 1:
         raise ValueError(f"budget must give at least one iteration, got {budget}")
     cfg.SOLVER.WARMUP_ITERS = cfg.SOLVER.MAX_ITER // 10
     cfg.SEED = seed
     cfg.OUTPUT_DIR = str(output)
-    if not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
     return cfg
 
 
-def build_trainer(cfg: CfgNode, kind: str) -> Trainer:
-    """Returns the trainer of a twin, ready to start; the data set must be registered.
-
-    Twins of one seed have the same stock weights (and the non-local block starts as the identity),
-    see the same pictures in the same order, and so their first losses are the same, too.
-    """
-    stock = twin_config(kind, "stock", output=Path(cfg.OUTPUT_DIR), seed=cfg.SEED)
-    seed_all_rng(cfg.SEED)
-    initial_weights = build_model(stock).state_dict()
-    seed_all_rng(cfg.SEED)
-    trainer = Trainer(cfg)
-    trainer.model.load_state_dict(initial_weights, strict=False)
-    # Once more, as a larger model has taken more random numbers to build.
-    seed_all_rng(cfg.SEED)
-    return trainer
-
-
-def train_twin(
-    kind: str, twin: str, *, output: Path, seed: int, budget: float = 1.0
-) -> dict[str, float]:
-    """Trains a twin and evaluates it; the arguments are those of `twin_config`.
-
-    Returns:
-        AP by task, such as ``{"bbox": 98.1, "segm": 97.5}``.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    trainer = build_trainer(twin_config(kind, twin, output=output, seed=seed, budget=budget), kind)
-    trainer.train()
-    latest = trainer.storage.latest()
-    return {task: latest[f"{task}/AP"][0] for task in TASKS[kind]}
-
-
-class Trainer(DefaultTrainer):
-    """detectron2's trainer with AdamW, which from random weights needs far fewer steps than SGD."""
+class Trainer(TwinTrainer):
+    """Trains twins with AdamW, which from random weights needs far fewer steps than SGD."""
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -101,15 +61,6 @@ class Trainer(DefaultTrainer):
             model, base_lr=cfg.SOLVER.BASE_LR, weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM
         )
         return torch.optim.AdamW(params, cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
-
-    @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
-        """COCO's measures, with the config's keypoint sigmas."""
-        return COCOEvaluator(
-            dataset_name,
-            output_dir=cfg.OUTPUT_DIR,
-            kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
-        )
 
     @classmethod
     def test(cls, cfg: CfgNode, model: torch.nn.Module, evaluators: Any = None) -> dict:

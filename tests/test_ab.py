@@ -1,0 +1,70 @@
+"""tools/ab.py, as a person runs it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from detectron2.data import DatasetCatalog
+from detectron2.data.datasets import register_coco_instances
+
+from tests.running import QUICK, ROOT, TINY, load_tool, own_data_arguments, run
+
+CONFIG = QUICK / "mask_rcnn_R_18_NL_FPN_overfit.yaml"
+
+
+def test_trains_and_compares_twins(own_data, tmp_path):
+    command = ["tools/ab.py", "--config-file", CONFIG, *own_data_arguments(own_data, "train")]
+    command += [*own_data_arguments(own_data, "test"), "OUTPUT_DIR", tmp_path, *TINY]
+    done = run(*command, "TEST.EVAL_PERIOD", "0", "SOLVER.MAX_ITER", "3", "SEED", "-1")
+    assert done.returncode == 0, done.stderr
+
+    numbers = json.loads((tmp_path / "ab.json").read_text())
+    stock, non_local = (numbers["losses"][twin]["total_loss"] for twin in ("stock", "non_local"))
+    assert stock[0] == non_local[0]
+    assert len(stock) == len(non_local) == 3
+    assert stock[1:] != non_local[1:]
+    assert f"{stock[0]} in both, equal to the last bit" in done.stdout
+
+    table = [line.split() for line in done.stdout.splitlines()[-7:-3]]
+    assert table[0] == ["box", "AP", "mask", "AP"]
+    for row, label in zip(table[1:], ("stock", "non_local", "difference")):
+        ap = numbers["ap"][label]
+        assert row[0] == label.replace("_", "-")
+        assert [float(x) for x in row[1:]] == pytest.approx([ap["bbox"], ap["segm"]], abs=0.051)
+
+    assert (tmp_path / "losses.png").stat().st_size > 10_000
+    for twin, builder in (("stock", "build_resnet"), ("non_local", "build_non_local_resnet")):
+        assert (tmp_path / twin / "model_final.pth").exists()
+        assert f"NAME: {builder}_fpn_backbone" in (tmp_path / twin / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config-file", ROOT / "configs/Base-RCNN-FPN.yaml"], "has no blocks to leave out"),
+        (["--config-file", "lost.yaml"], "lost.yaml' does not exist"),
+        (["--config-file", CONFIG.with_suffix(".py")], "is a LazyConfig"),
+        (["--config-file", CONFIG, "SEEED", "1"], "did you mean SEED?"),
+        (["--config-file", CONFIG, "DATASETS.TEST", "('lost',)"], "TEST: no data set 'lost'"),
+        (["--config-file", CONFIG, "DATASETS.TEST", "('away',)"], "'away' needs away.json, which"),
+        (["--config-file", CONFIG, "--test-json", "a.json"], "--test-json and --test-images go"),
+    ],
+)
+def test_mistakes(arguments, message, own_data, tmp_path):
+    ab = load_tool("ab")
+    if "away" not in DatasetCatalog.list():
+        register_coco_instances("away", {}, "away.json", "images")
+    arguments = [*own_data_arguments(own_data, "train"), *arguments]
+    if "DATASETS.TEST" not in arguments:
+        arguments += ["DATASETS.TEST", "()"]
+    arguments += ["OUTPUT_DIR", tmp_path]
+    with pytest.raises(SystemExit, match=message):
+        ab.main(ab.parse_args([str(argument) for argument in arguments]))
+
+
+@pytest.mark.parametrize("option", ["--resume", "--eval-only"])
+def test_options_without_a_meaning(option, capsys):
+    with pytest.raises(SystemExit):
+        load_tool("ab").parse_args(["--config-file", str(CONFIG), option])
+    assert "both twins are trained from the start" in capsys.readouterr().err

@@ -1,0 +1,92 @@
+"""Train a detector with and without its non-local blocks, all else equal, and compare.
+
+Given a config with blocks, makes its stock twin, starts both with the same weights, trains both on
+the same images in the same order (SEED, or 0 where the config has none), and evaluates both. Takes
+the arguments of tools/train_net.py. OUTPUT_DIR then holds what each training left, in stock/ and
+non_local/, and the comparison: losses.png, and in ab.json every loss and AP.
+
+    python tools/ab.py --config-file configs/quick_schedules/mask_rcnn_R_18_NL_FPN_overfit.yaml \\
+        --train-json train.json --train-images train/ --test-json val.json --test-images val/ \\
+        OUTPUT_DIR output/ab
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+from detectron2.utils import comm
+
+from nl_detectron.config import stock_twin
+from nl_detectron.engine import argument_parser, launch, setup
+from nl_detectron.twins import LABELS, Run, ap_table, draw_losses, train_twin
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train both twins and compare; runs in every process."""
+    cfg = setup(args)
+    configs = dict(zip(LABELS, (stock_twin(cfg), cfg.clone())))
+    if configs["stock"] == cfg:
+        raise SystemExit(
+            f"{args.config_file} has no blocks to leave out: MODEL.BACKBONE.NAME is "
+            f"{cfg.MODEL.BACKBONE.NAME}, MODEL.ROI_KEYPOINT_HEAD.NAME is "
+            f"{cfg.MODEL.ROI_KEYPOINT_HEAD.NAME}"
+        )
+    runs = {}
+    for twin, twin_cfg in configs.items():
+        twin_cfg.defrost()
+        twin_cfg.SEED = max(cfg.SEED, 0)
+        twin_cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR) / twin)
+        runs[twin] = train_twin(twin_cfg, args.may_lack)
+    if comm.is_main_process():
+        report(runs, Path(cfg.OUTPUT_DIR))
+
+
+def report(runs: dict[str, Run], output: Path) -> None:
+    """Write and print the comparison."""
+    stock, non_local = runs.values()
+    difference = {task: non_local.ap[task] - ap for task, ap in stock.ap.items()}
+    aps = {**{twin: run.ap for twin, run in runs.items()}, "difference": difference}
+    numbers = {
+        # JSON has no NaN, which is the AP of no detection at all.
+        "ap": {
+            row: {task: None if math.isnan(ap) else ap for task, ap in values.items()}
+            for row, values in aps.items()
+        },
+        "losses": {twin: run.losses for twin, run in runs.items()},
+    }
+    (output / "ab.json").write_text(json.dumps(numbers))
+    draw_losses(
+        output / "losses.png",
+        {LABELS[twin]: run.losses["total_loss"] for twin, run in runs.items()},
+    )
+
+    first, other_first = (
+        {name: loss[0] for name, loss in run.losses.items()} for run in runs.values()
+    )
+    print("\nloss of the first iteration: ", end="")
+    if first == other_first:
+        print(f"{first['total_loss']} in both, equal to the last bit")
+    else:
+        print(
+            f"{first['total_loss']} and {other_first['total_loss']}, not equal: MODEL.WEIGHTS hold "
+            "trained blocks, or this device does not compute the same way twice"
+        )
+    if stock.ap:
+        print("\n" + ap_table({LABELS[twin]: run.ap for twin, run in runs.items()}))
+    print(f"\n{output / 'losses.png'}\n{output / 'ab.json'}")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments of tools/train_net.py, but for two that have no meaning here."""
+    parser = argument_parser(__doc__)
+    args = parser.parse_args(argv)
+    if args.resume or args.eval_only:
+        parser.error("--resume and --eval-only: both twins are trained from the start")
+    return args
+
+
+if __name__ == "__main__":
+    launch(main, parse_args())
