@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
@@ -11,6 +12,8 @@ from torch import nn
 
 from nl_detectron.non_local import NonLocalBlock
 
+_RESIDUAL_BLOCK = re.compile(r"\b(?P<stage>res\d)\.\d+\.")
+
 
 class StrictCheckpointer(DetectionCheckpointer):
     """detectron2's checkpointer, for networks that are a known one plus non-local blocks.
@@ -18,10 +21,17 @@ class StrictCheckpointer(DetectionCheckpointer):
     A checkpoint may lack the parameters of non-local blocks, which start as the identity. A
     checkpoint of a backbone alone (ImageNet pretraining) may lack all that is not backbone.
     Anything else that it lacks, or holds in another shape, must have been named in ``may_lack``.
+    It may hold more than the model takes, but not residual blocks of a deeper network.
     """
 
     def __init__(
-        self, model: nn.Module, save_dir: str = "", *, may_lack: Sequence[str] = (), **kwargs: Any
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        may_lack: Sequence[str] = (),
+        complete: bool = False,
+        **kwargs: Any,
     ):
         """Create the checkpointer.
 
@@ -30,17 +40,21 @@ class StrictCheckpointer(DetectionCheckpointer):
             save_dir: as in ``DetectionCheckpointer``.
             may_lack: prefixes of parameter names, such as "roi_heads.box_predictor", that keep
                 their initial values on purpose; "" stands for all.
+            complete: for a model that is used without being trained: refuse a backbone alone, too,
+                and all that the model has no place for.
             kwargs: as in ``DetectionCheckpointer``.
         """
         super().__init__(model, save_dir, **kwargs)
         self.may_lack = tuple(may_lack)
+        self.complete = complete
 
     def _load_model(self, checkpoint: Any) -> Any:
         incompatible = super()._load_model(checkpoint)
-        self._check(set(incompatible.missing_keys))  # those of another shape are among them
+        self._check_lacking(set(incompatible.missing_keys))  # with those of another shape
+        self._check_surplus(incompatible.unexpected_keys)
         return incompatible
 
-    def _check(self, lacking: set[str]) -> None:
+    def _check_lacking(self, lacking: set[str]) -> None:
         names = set(self.model.state_dict())
         blocks = tuple(
             f"{name}." for name, m in self.model.named_modules() if isinstance(m, NonLocalBlock)
@@ -50,14 +64,35 @@ class StrictCheckpointer(DetectionCheckpointer):
         beyond_backbone = {name for name in names if not name.startswith((prefix, "pixel_"))}
 
         unexplained = {name for name in lacking if not name.startswith(blocks + self.may_lack)}
-        if beyond_backbone <= lacking:
+        if beyond_backbone <= lacking and not self.complete:
             unexplained -= beyond_backbone
             self.logger.info("The checkpoint holds a backbone alone; the rest starts from scratch.")
         if unexplained:
-            shown = ", ".join(sorted(unexplained)[:8])
             raise ValueError(
                 f"the checkpoint lacks {len(unexplained)} of the model's {len(names)} tensors, or "
-                f"has them in another shape: {shown}{', ...' if len(unexplained) > 8 else ''}. Is "
-                "it of another depth or number of classes? What should start from scratch can be "
-                "named: may_lack, or --may-lack of tools/train_net.py."
+                f"has them in another shape: {_some(unexplained)}. Is it of another depth or "
+                "number of classes? What should start from scratch can be named: may_lack, or "
+                "--may-lack of tools/train_net.py."
             )
+
+    def _check_surplus(self, surplus: Iterable[str]) -> None:
+        if not self.complete:
+            known = [m for name in self.model.state_dict() if (m := _RESIDUAL_BLOCK.search(name))]
+            stages, blocks = {m["stage"] for m in known}, {m[0] for m in known}
+            surplus = [
+                name
+                for name in surplus
+                if (m := _RESIDUAL_BLOCK.search(name))
+                and m["stage"] in stages
+                and m[0] not in blocks
+            ]
+        if surplus:
+            raise ValueError(
+                "the checkpoint holds tensors that the model has no place for: "
+                f"{_some(surplus)}. Is it of another depth, or of a config with other blocks?"
+            )
+
+
+def _some(names: Iterable[str]) -> str:
+    first, rest = sorted(names)[:8], sorted(names)[8:]
+    return ", ".join(first) + (f" and {len(rest)} more" if rest else "")

@@ -52,8 +52,9 @@ def register_coco_files(name: str, json_file: str, image_dir: str) -> None:
         if not Path(path).exists():
             raise FileNotFoundError(f"data set {name!r}: {path} does not exist")
     if name in DatasetCatalog.list():
-        if MetadataCatalog.get(name).json_file != json_file:
-            raise ValueError(f"data set name {name!r} is taken by {MetadataCatalog.get(name)}")
+        known = MetadataCatalog.get(name)
+        if (known.json_file, known.image_root) != (json_file, image_dir):
+            raise ValueError(f"data set name {name!r} is taken by {known}")
         return
     with open(json_file) as f:
         categories = json.load(f).get("categories", [])

@@ -1,4 +1,4 @@
-"""What the tools that train have in common: detectron2's engine, without its blind spots.
+"""What the tools have in common: detectron2's engine, without its blind spots.
 
 Beyond the stock one: the device is chosen where CUDA is absent, several CPU processes train,
 ``TEST.KEYPOINT_OKS_SIGMAS`` counts, a person's own COCO files come from the command line, and a
@@ -11,6 +11,7 @@ import argparse
 import functools
 import logging
 import os
+import pickle
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -59,6 +60,31 @@ class Trainer(engine.DefaultTrainer):
             output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"),
             kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
         )
+
+
+def build_predictor(cfg: CfgNode, weights: str) -> engine.DefaultPredictor:
+    """Build a model and load weights for it, which must be all there and all of use.
+
+    Returns:
+        A function from a BGR image, (H, W, 3), to what the model finds, and its ``model``.
+
+    Raises:
+        ValueError: no model can be built from ``cfg``, or the weights are not its own.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = ""  # stock would load any, whatever they lack
+    try:
+        predictor = engine.DefaultPredictor(cfg)
+    except KeyError as error:
+        raise ValueError(f"no model can be built: {error.args[0]}") from error
+    try:
+        StrictCheckpointer(predictor.model, complete=True).load(weights)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"weights {weights}: this file holds no tensors") from error
+    except Exception as error:  # broken files raise all sorts
+        raise ValueError(f"weights {weights}: {error}") from error
+    return predictor
 
 
 def argument_parser(epilog: str) -> argparse.ArgumentParser:

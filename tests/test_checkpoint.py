@@ -70,3 +70,24 @@ def test_backbone_alone_is_accepted_if_whole(models, tmp_path):
     path.write_bytes(pickle.dumps(checkpoint))
     with pytest.raises(ValueError, match="res4.5.conv1.weight"):
         StrictCheckpointer(models[1]).load(str(path))
+
+
+def test_deeper_network_is_named(models, tmp_path):
+    state = models[0].state_dict()
+    block = {name: value for name, value in state.items() if "res4.5." in name}
+    deeper = {name.replace("res4.5.", "res4.6."): value for name, value in block.items()}
+    with pytest.raises(ValueError, match=r"no place for: .*res4\.6\.conv1.*another depth"):
+        load(models[1], {**state, **deeper}, tmp_path)
+    more = {"fc1000.weight": torch.zeros(1), "res4.5.norm.num_batches_tracked": torch.zeros(1)}
+    load(models[1], {**state, **more}, tmp_path)
+
+
+def test_what_prediction_refuses(models, tmp_path):
+    stock, non_local = models
+    load(non_local, stock.state_dict(), tmp_path, complete=True)
+    backbone = {name: x for name, x in stock.state_dict().items() if "bottom_up" in name}
+    with pytest.raises(ValueError, match="lacks .* tensors"):
+        load(non_local, backbone, tmp_path, complete=True)
+    with pytest.raises(ValueError, match="no place for: .*non_local.* and .* more"):
+        load(stock, non_local.state_dict(), tmp_path, complete=True)
+    load(stock, non_local.state_dict(), tmp_path)
