@@ -9,6 +9,8 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
+LINE_COLOUR = (255, 127, 14)
+
 
 def use_coco_files(cfg: CfgNode, split: str, json_file: str, image_dir: str) -> None:
     """Let a config train or test on COCO files, with their numbers of classes and keypoints.
@@ -36,8 +38,8 @@ def use_coco_files(cfg: CfgNode, split: str, json_file: str, image_dir: str) -> 
 def register_coco_files(name: str, json_file: str, image_dir: str) -> None:
     """Register a COCO json file and its image folder; a second call with the same files is allowed.
 
-    Class names, keypoint names and the keypoints that swap when an image is flipped (by "left" and
-    "right" in their names) go into the metadata of ``name``.
+    Class names, keypoint names, the lines between keypoints and the keypoints that swap when an
+    image is flipped (by "left" and "right" in their names) go into the metadata of ``name``.
 
     Args:
         name: name of the data set for detectron2.
@@ -68,6 +70,14 @@ def register_coco_files(name: str, json_file: str, image_dir: str) -> None:
     metadata = {"thing_classes": [category["name"] for category in categories]}
     for keypoint_names in keypoints:
         metadata["keypoint_names"] = list(keypoint_names)
+        # For pictures alone, so a line to a keypoint that is not there is no reason to stop.
+        by_number = dict(enumerate(keypoint_names, start=1))
+        metadata["keypoint_connection_rules"] = [
+            (by_number[a], by_number[b], LINE_COLOUR)
+            for category in categories
+            for a, b in category.get("skeleton", ())
+            if a in by_number and b in by_number
+        ]
         metadata["keypoint_flip_map"] = [
             (keypoint, mirrored)
             for keypoint in keypoint_names

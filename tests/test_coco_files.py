@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from nl_detectron.coco_files import register_coco_files
+from nl_detectron.coco_files import register_coco_files, use_coco_files
 
 
 def test_metadata(own_data):
@@ -17,6 +17,34 @@ def test_metadata(own_data):
     assert metadata.thing_classes == ["bar"]
     assert metadata.keypoint_names == ["left_end", "right_end"]
     assert metadata.keypoint_flip_map == [("left_end", "right_end")]
+
+
+def test_lines_between_keypoints(tmp_path):
+    category = {"id": 1, "name": "hand", "keypoints": ["palm", "thumb", "tip"]}
+    skeleton = [[1, 2], [2, 3], [3, 4], [0, 1]]  # two of them to keypoints that are not there
+    file = tmp_path / "hands.json"
+    file.write_text(json.dumps({"categories": [{**category, "skeleton": skeleton}]}))
+    register_coco_files("test_lines", str(file), str(tmp_path))
+    lines = [rule[:2] for rule in MetadataCatalog.get("test_lines").keypoint_connection_rules]
+    assert lines == [("palm", "thumb"), ("thumb", "tip")]
+
+
+def test_config_takes_over_classes_and_keypoints(own_data, cfg):
+    cfg.MODEL.KEYPOINT_ON = True
+    use_coco_files(cfg, "train", str(own_data), str(own_data.parent / "images"))
+    assert cfg.DATASETS.TRAIN == ("own_train",)
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == cfg.MODEL.RETINANET.NUM_CLASSES == 1
+    assert cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS == 2
+
+
+def test_config_needs_keypoints(cfg, tmp_path):
+    cfg.MODEL.KEYPOINT_ON = True
+    file = tmp_path / "boxes.json"
+    file.write_text('{"categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]}')
+    with pytest.raises(ValueError, match="boxes.json name no keypoints"):
+        use_coco_files(cfg, "test", str(file), str(tmp_path))
+    DatasetCatalog.remove("own_test")
+    MetadataCatalog.remove("own_test")
 
 
 def test_errors(own_data, tmp_path):
@@ -35,3 +63,5 @@ def test_errors(own_data, tmp_path):
     register_coco_files("test_taken", str(own_data), images)
     with pytest.raises(ValueError, match="'test_taken' is taken"):
         register_coco_files("test_taken", str(mixed), images)
+    with pytest.raises(ValueError, match="'test_taken' is taken"):
+        register_coco_files("test_taken", str(own_data), str(tmp_path))

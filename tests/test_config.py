@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import zlib
 
 import pytest
@@ -14,6 +15,7 @@ from detectron2.modeling import build_backbone
 from detectron2.modeling.roi_heads import build_keypoint_head
 
 from nl_detectron import add_non_local_config
+from nl_detectron.config import load_config
 
 DEFAULTS = {
     "PAIRWISE": "embedded_gaussian",
@@ -207,3 +209,41 @@ def test_wrong_values(nl_cfg, key, value, part, message):
 def test_values_of_another_type(cfg, key, value):
     with pytest.raises(ValueError, match=key):
         cfg.merge_from_list([f"MODEL.NON_LOCAL.{key}", value])
+
+
+def test_load_config(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("MODEL:\n  MASK_ON: True\n  NON_LOCAL:\n    REDUCTION: 4\n")
+    cfg = load_config(file, ["MODEL.NON_LOCAL.REDUCTION", "1"])
+    assert cfg.MODEL.MASK_ON
+    assert cfg.MODEL.NON_LOCAL.REDUCTION == 1
+    assert cfg.MODEL.DEVICE == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert load_config(file, ["MODEL.DEVICE", "meta"]).MODEL.DEVICE == "meta"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("MODEL:\n  MASKON: True\n", "MODEL.MASKON; did you mean MODEL.MASK_ON?"),
+        ("MODEL:\n  MASK_ON: maybe\n", "MODEL.MASK_ON"),
+        ("MODEL: [\n", "config.yaml is not a YAML config"),
+        ("", "config.yaml is not a YAML config"),
+        ("model\n", "config.yaml is not a YAML config"),
+        ("\0", "config.yaml is not a YAML config"),
+    ],
+)
+def test_wrong_config_file(text, message, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_config(file)
+
+
+def test_config_file_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="lost.yaml' does not exist"):
+        load_config(tmp_path / "lost.yaml")
+    with pytest.raises(ValueError, match="a.py is a LazyConfig"):
+        load_config(tmp_path / "a.py")
+    (tmp_path / "config.yaml").write_text("SEED: 1\n")
+    with pytest.raises(ValueError, match="odd length"):
+        load_config(tmp_path / "config.yaml", ["SEED"])
