@@ -37,7 +37,9 @@ def nl_cfg(own_data_name, tmp_path):
     return cfg
 
 
-def test_only_the_blocks_tell_twins_apart(nl_cfg, tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_only_the_blocks_tell_twins_apart(workers, nl_cfg, tmp_path):
+    nl_cfg.DATALOADER.NUM_WORKERS = workers
     runs, seen = [], []
     for cfg in (stock_twin(nl_cfg), nl_cfg):
         runs.append(train_twin(cfg, trainer_class=RecordingTrainer))
