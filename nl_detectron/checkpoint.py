@@ -68,11 +68,14 @@ class StrictCheckpointer(DetectionCheckpointer):
             unexplained -= beyond_backbone
             self.logger.info("The checkpoint holds a backbone alone; the rest starts from scratch.")
         if unexplained:
+            hint = (
+                "What should start from scratch can be named: may_lack, or --may-lack of "
+                "tools/train_net.py."
+            )
             raise ValueError(
                 f"the checkpoint lacks {len(unexplained)} of the model's {len(names)} tensors, or "
                 f"has them in another shape: {_some(unexplained)}. Is it of another depth or "
-                "number of classes? What should start from scratch can be named: may_lack, or "
-                "--may-lack of tools/train_net.py."
+                f"number of classes? {'' if self.complete else hint}"
             )
 
     def _check_surplus(self, surplus: Iterable[str]) -> None:
