@@ -206,6 +206,24 @@ def test_places(dialect, theirs, ours):
     assert result.mapped[theirs] == ours
 
 
+def test_place_in_a_detector():
+    """The way out loses the name of the detector's backbone; a block elsewhere keeps its name."""
+    for name, place in (
+        ("backbone.bottom_up.res4.non_local4", "backbone.layer3.4.non_local_block"),
+        ("backbone.res2.non_local0", "backbone.layer1.0.non_local_block"),
+        ("roi_heads.keypoint_head.non_local2", "roi_heads.keypoint_head.non_local2"),
+    ):
+        state = {f"{name}.{key}": v for key, v in NonLocalBlock(C).state_dict().items()}
+        result = convert(state, "nl_detectron", "mmcv", told(subsample=1))
+        assert result.mapped[f"{name}.g.bias"] == f"{place}.g.conv.bias"
+
+
+def test_name_that_only_ends_like_a_block():
+    state = {f"big{key}": v for key, v in Peer("timm", *CASES[-1][1:]).state.items()}
+    with pytest.raises(ValueError, match="13 keys: bigt.weight, bigt.bias"):
+        convert(state, "timm", "nl_detectron")
+
+
 def test_from_one_library_to_another():
     """The names of video-nonlocal-net are those that SlowFast's own converter reads."""
     state = Peer("caffe2", "embedded_gaussian", 3, True, True).state
