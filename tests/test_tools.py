@@ -206,9 +206,14 @@ class TestAnalyze:
 
     def test_command(self):
         config = "configs/COCO-Detection/retinanet_R_50_NL_FPN_1x.yaml"
-        done = run("tools/analyze.py", "--config-file", config)
+        done = run("tools/analyze.py", "--config-file", config, "--batch-size", "2")
         assert done.returncode == 0, done.stderr
         assert "| retinanet_R_50_NL_FPN_1x | 40,015,284 | 2,099,712 |" in done.stdout
+        # x; pooled keys and where they come from; theta, phi, g; y; the softmax's two sums
+        x, keys, inner = 1024 * 4200, 1024 * 1050, 512 * (4200 + 2 * 1050 + 4200)
+        saved = 2 * (4 * (x + keys + inner + 4200) + 8 * keys) / 2**20
+        block = "| backbone.bottom_up.res4.non_local4 | 2 x 1024 x 50 x 84 | fused | 2,099,712 |"
+        assert f"{block} 20.0 | 20.0 | {saved:.1f} MB |" in done.stdout
 
 
 class TestOverfit:

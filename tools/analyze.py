@@ -1,11 +1,13 @@
-"""Print what non-local blocks add to the parameters and the computation of a model.
+"""Print what non-local blocks add to the parameters, the computation and the memory of a model.
 
-Every config is compared with its stock twin, the same config without the blocks. The network is
-built on the meta device, so nothing is computed or downloaded. GMAC is what detectron2 and fvcore
-print as GFLOPs: a multiply and an add count as one.
+Every config is compared with its stock twin, the same config without the blocks; for a config that
+is named, each block is listed as well. Networks are built on the meta device, so nothing is
+computed or downloaded. GMAC is what detectron2 and fvcore print as GFLOPs: a multiply and an add
+count as one. (Their own counters miss fused attention: see nl_detectron/flops.py.)
 
     python tools/analyze.py
-    python tools/analyze.py --config-file configs/COCO-Detection/retinanet_R_50_NL_FPN_1x.yaml
+    python tools/analyze.py --config-file configs/COCO-Detection/retinanet_R_50_NL_FPN_1x.yaml \\
+        --batch-size 2 MODEL.NON_LOCAL.PAIRWISE dot_product
 """
 
 from __future__ import annotations
@@ -16,37 +18,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nl_detectron import add_non_local_config
+from nl_detectron import NonLocalBlock
+from nl_detectron.config import load_config, stock_twin
+from nl_detectron.cost import block_cost
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
-def load_config(path: Path) -> CfgNode:
-    """Read a YAML config of this package."""
-    cfg = get_cfg()
-    add_non_local_config(cfg)
-    cfg.merge_from_file(str(path))
+def build(cfg: CfgNode) -> nn.Module:
+    """Build a model without data."""
     cfg.MODEL.DEVICE = "meta"
-    return cfg
-
-
-def stock_twin(cfg: CfgNode) -> CfgNode:
-    """Return the same config without the blocks."""
-    cfg = cfg.clone()
-    cfg.MODEL.BACKBONE.NAME = cfg.MODEL.BACKBONE.NAME.replace("non_local_", "")
-    if cfg.MODEL.ROI_KEYPOINT_HEAD.NAME == "NonLocalKeypointHead":
-        cfg.MODEL.ROI_KEYPOINT_HEAD.NAME = "KRCNNConvDeconvUpsampleHead"
-    return cfg
+    with torch.device("meta"):
+        return build_model(cfg).eval()
 
 
 def count(cfg: CfgNode, args: argparse.Namespace) -> tuple[int, float]:
     """Return the number of parameters, and the GMAC of one image of the given size."""
-    with torch.device("meta"):
-        model = build_model(cfg).eval()
+    model = build(cfg)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         run_networks(model, args)
     parameters = sum(p.numel() for p in model.parameters())
@@ -76,36 +69,67 @@ def roi_features(model: Any, pooler: Any, number: int) -> torch.Tensor:
     return torch.empty(number, channels, *pooler.output_size, device="meta")
 
 
-def rows(paths: list[Path], args: argparse.Namespace) -> Iterator[str]:
-    """Yield the lines of a Markdown table."""
+def model_rows(configs: list[tuple[str, CfgNode]], args: argparse.Namespace) -> Iterator[str]:
+    """Yield the lines of a Markdown table of models."""
     yield "| config | parameters | of the blocks | GMAC | of the blocks | |"
     yield "|---|---:|---:|---:|---:|---:|"
-    for path in paths:
-        cfg = load_config(path)
-        (parameters, gmac), (stock_parameters, stock_gmac) = (
-            count(cfg, args),
-            count(stock_twin(cfg), args),
-        )
+    for name, cfg in configs:
+        parameters, gmac = count(cfg, args)
+        stock_parameters, stock_gmac = count(stock_twin(cfg), args)
         yield (
-            f"| {path.stem} | {parameters:,} | {parameters - stock_parameters:,} "
+            f"| {name} | {parameters:,} | {parameters - stock_parameters:,} "
             f"| {gmac:.1f} | {gmac - stock_gmac:.1f} | +{100 * (gmac / stock_gmac - 1):.1f} % |"
         )
 
 
+def block_rows(cfg: CfgNode, args: argparse.Namespace) -> Iterator[str]:
+    """Yield the lines of a Markdown table of the blocks of a model, in training."""
+    yield "| block | input | path | parameters | GMAC | textbook | saved for backward | peak |"
+    yield "|---|---|---|---:|---:|---:|---:|---:|"
+    model = build(cfg)
+    shapes: dict[str, list[int]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, NonLocalBlock):
+
+            def record(_: nn.Module, inputs: tuple[Tensor], name: str = name) -> None:
+                size, *rest = inputs[0].shape
+                shapes[name] = [args.batch_size * size, *rest]
+
+            module.register_forward_pre_hook(record)
+    run_networks(model, args)
+    for name, shape in shapes.items():
+        block: Any = model.get_submodule(name)
+        cost = block_cost(block, shape, "cuda" if torch.cuda.is_available() else "cpu")
+        yield (
+            f"| {name} | {' x '.join(map(str, shape))} | {cost.path} | {cost.parameters:,} "
+            f"| {cost.macs / 1e9:.1f} | {cost.textbook_macs / 1e9:.1f} "
+            f"| {cost.saved_bytes / 2**20:.1f} MB | {cost.peak_bytes / 2**20:.1f} MB |"
+        )
+
+
 def main() -> None:
-    """Parse the arguments and print the table."""
+    """Parse the arguments and print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--config-file", type=Path, nargs="+", help="YAML configs; default: all full ones"
-    )
+    parser.add_argument("--config-file", type=Path, help="YAML config; default: all full ones")
     parser.add_argument("--image-size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"))
     parser.add_argument("--proposals", type=int, default=1000, help="RoIs of the box head")
     parser.add_argument("--detections", type=int, default=100, help="RoIs of the other heads")
+    parser.add_argument("--batch-size", type=int, default=1, help="images, for each block's cost")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
     args = parser.parse_args()
-    for line in rows(args.config_file or sorted(CONFIGS.glob("COCO-*/[!B]*.yaml")), args):
+    paths = [args.config_file] if args.config_file else sorted(CONFIGS.glob("COCO-*/[!B]*.yaml"))
+    try:
+        configs = [(path.stem, load_config(path, args.opts)) for path in paths]
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    for line in model_rows(configs, args):
         print(line, flush=True)
+    if args.config_file:
+        print(f"\nEach block, {args.batch_size} image(s) in training; peak includes gradients:\n")
+        for line in block_rows(configs[0][1], args):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":
