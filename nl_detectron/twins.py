@@ -7,7 +7,7 @@ the last bit where the device is deterministic. Whatever differs later is the bl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,13 +46,18 @@ class TwinTrainer(Trainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """The stock model, with the initial values that the stock twin's parameters have."""
-        _seed(cfg)
-        initial_values = build_model(stock_twin(cfg)).state_dict()
-        _seed(cfg)
+        _seed(cfg)  # of the blocks
         model = super().build_model(cfg)
-        model.load_state_dict(initial_values, strict=False)
-        _seed(cfg)  # of the order of the images; the larger model has drawn more numbers so far
+        _seed(cfg)  # of all the rest
+        stock = build_model(stock_twin(cfg))
+        model.load_state_dict(stock.state_dict(), strict=False)
         return model
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable:
+        """The stock loader, with the order of images that the stock twin's has."""
+        _seed(cfg)
+        return super().build_train_loader(cfg)
 
 
 @dataclass(frozen=True)

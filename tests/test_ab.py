@@ -58,7 +58,7 @@ def test_mistakes(arguments, message, own_data, tmp_path):
     arguments = [*own_data_arguments(own_data, "train"), *arguments]
     if "DATASETS.TEST" not in arguments:
         arguments += ["DATASETS.TEST", "()"]
-    arguments += ["OUTPUT_DIR", tmp_path]
+    arguments += ["OUTPUT_DIR", tmp_path, *TINY]
     with pytest.raises(SystemExit, match=message):
         ab.main(ab.parse_args([str(argument) for argument in arguments]))
 

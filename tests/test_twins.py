@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
@@ -12,12 +13,23 @@ from tests.running import QUICK, TINY
 
 
 class RecordingTrainer(TwinTrainer):
-    """Keeps what the model is trained on."""
+    """Keeps what the model is trained on; draws more random numbers for a larger model."""
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        count = len(list(model.parameters()))
+        torch.rand(count)
+        np.random.rand(count)
+        return super().build_optimizer(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg):
+        return cls.recorded(super().build_train_loader(cfg))
+
+    @classmethod
+    def recorded(cls, loader):
         cls.seen = []
-        for batch in super().build_train_loader(cfg):
+        for batch in loader:
             cls.seen += [(data["file_name"], data["image"]) for data in batch]
             yield batch
 
@@ -66,6 +78,12 @@ def test_only_the_blocks_tell_twins_apart(workers, nl_cfg, tmp_path):
     assert written.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS == 2
     weights = torch.load(tmp_path / "model_final.pth", weights_only=False)["model"]
     assert "roi_heads.keypoint_head.non_local8.theta.weight" in weights
+
+
+def test_blocks_start_the_same_every_time(nl_cfg):
+    first, second = (TwinTrainer.build_model(nl_cfg).state_dict() for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
 
 
 def test_random_seed_is_refused(nl_cfg):
