@@ -41,7 +41,6 @@ class TwinTrainer(Trainer):
         if cfg.SEED < 0:
             raise ValueError(f"SEED must be 0 or more, or twins would not be alike; got {cfg.SEED}")
         super().__init__(cfg, may_lack)
-        _seed(cfg)  # of the augmentations, and of what the losses sample
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -55,8 +54,8 @@ class TwinTrainer(Trainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable:
-        """The stock loader, with the order of images that the stock twin's has."""
-        _seed(cfg)
+        """The stock loader; from here on both twins draw the same numbers."""
+        _seed(cfg)  # of the images' order, their augmentations, and what the losses sample
         return super().build_train_loader(cfg)
 
 
