@@ -168,3 +168,5 @@ def test_mistakes(predict, images, weights, own_data, tmp_path):
     deep = {**state, "backbone.bottom_up.res4.2.conv1.weight": torch.zeros(1)}
     torch.save({"model": deep}, tmp_path / "deep.pth")
     refuse("no place for: .*res4.2.conv1", weights=tmp_path / "deep.pth")
+    stock = ("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone")
+    refuse("no place for: .*non_local0", images, *stock)
