@@ -1,12 +1,12 @@
 """The non-local operation, y_i = 1/C(x) sum_j f(x_i, x_j) g(x_j), in the paper's four forms of f.
 
-Positions are rows, as the paper writes them: ``theta`` holds theta(x_i) for
-each query i, ``phi`` and ``g`` hold phi(x_j) and g(x_j) for each key j. Transposed views of a
-channels-first map serve as well as copies. One function per form computes y; :func:`attention`
-gives the explicit matrix f / C(x), for pictures and for tests.
+Positions are rows, as the paper writes them: ``theta`` holds theta(x_i) for each query i, ``phi``
+and ``g`` hold phi(x_j) and g(x_j) for each key j. Transposed views of a channels-first map serve as
+well as copies. One function per form computes y; :func:`attention` gives the explicit matrix
+f / C(x), for pictures and for tests.
 
 Every form has more than one path to the same sum (:data:`PATHS`). "textbook" spells out the
-Q x K matrix; the others never hold it:
+Q x K matrix; the others never hold it. :func:`choose_path` makes the choice.
 
 ===========  ========================  =============================================================
 linear       dot_product               theta (phi^T g), O((Q + K) D E)
@@ -15,8 +15,7 @@ fused        the two Gaussian forms    ``torch.nn.functional.scaled_dot_product_
 blocked      the two Gaussian forms    some queries at a time
 ===========  ========================  =============================================================
 
-:func:`choose_path` makes the choice. "fused" and "blocked" have no second
-derivative.
+"fused" and "blocked" have no second derivative.
 
 Shapes: N batch, Q queries, K keys, D inner width of theta and phi, E width of g.
 
