@@ -33,7 +33,12 @@ setup(
     package_data={"nl_detectron": ["py.typed"]},
     install_requires=[
         "torch>=2.4",  # torch.amp.is_autocast_available
+        "fvcore",
+        "matplotlib",
         "numpy",
+        "pillow",
+        "pyyaml",
+        "tqdm",
         "setuptools<81",  # detectron2.model_zoo imports pkg_resources, which 82 removed
     ],
     extras_require={

@@ -1,7 +1,6 @@
 """Packaging and the detectron2 installer; nothing here needs a network."""
 
 import ast
-import importlib.util
 import json
 import re
 import subprocess
@@ -11,20 +10,12 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def load_installer():
-    path = ROOT / "tools" / "install_detectron2.py"
-    spec = importlib.util.spec_from_file_location("install_detectron2", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.running import ROOT, load_tool
 
 
 @pytest.fixture
 def installer():
-    return load_installer()
+    return load_tool("install_detectron2")
 
 
 @pytest.fixture
@@ -241,6 +232,7 @@ def test_every_import_of_the_package_is_asked_for(metadata):
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 imported.add(node.module.split(".")[0])
     asked = names(metadata["install_requires"])
+    imported = {{"PIL": "pillow", "yaml": "pyyaml"}.get(name, name) for name in imported}
     # detectron2, and OpenCV with it, come from the installer; both have more than one source.
     assert imported - sys.stdlib_module_names - {"nl_detectron", "detectron2", "cv2"} <= asked
 
