@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import runpy
 import sys
 from fnmatch import fnmatch
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,10 +17,10 @@ from torch.testing import assert_close
 from nl_detectron import NonLocalBlock, insert_non_local_blocks
 from nl_detectron.checkpoint import StrictCheckpointer
 from nl_detectron.weights import DIALECTS, convert, load, save
+from tests.running import QUICK, load_tool
 
-ROOT = Path(__file__).parent.parent
 NORM = {"s": "weight", "b": "bias", "rm": "running_mean", "riv": "running_var"}
-CONFIG = ROOT / "configs" / "quick_schedules" / "mask_rcnn_R_18_NL_FPN_overfit.yaml"
+CONFIG = QUICK / "mask_rcnn_R_18_NL_FPN_overfit.yaml"
 
 
 def randomized(model):
@@ -261,7 +259,7 @@ class TestTool:
     def run(self, monkeypatch, capsys):
         def run(*arguments):
             monkeypatch.setattr(sys, "argv", ["convert_weights.py", *map(str, arguments)])
-            runpy.run_path(str(ROOT / "tools" / "convert_weights.py"), run_name="__main__")
+            load_tool("convert_weights").main()
             return capsys.readouterr().out
 
         return run
@@ -333,6 +331,17 @@ class TestTool:
         )
         assert_same_bits(stock, load(tmp_path / "back.pth")[0])
 
+    @pytest.mark.parametrize("kind", ["mask_rcnn_R_18_NL_FPN", "keypoint_rcnn_R_18_NL_FPN_NLhead"])
+    def test_config_tells_what_its_blocks_compute(self, kind, run, cfg, tmp_path):
+        config = QUICK / f"{kind}_overfit.yaml"
+        cfg.merge_from_file(str(config))
+        torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "in.pth")
+        command = [tmp_path / "in.pth", tmp_path / "out.pth", "--from", "nl_detectron", "--to"]
+        out = run(*command, "nl_detectron", "--config-file", config)
+        assert "  PAIRWISE embedded_gaussian\n" in out
+        assert "do not tell" not in out
+        assert_same_bits(load(tmp_path / "in.pth")[0], load(tmp_path / "out.pth")[0])
+
     def test_block_that_the_config_lacks(self, run, tmp_path):
         block = NonLocalBlock(8, norm="BN").state_dict()
         torch.save({f"res5.non_local1.{k}": v for k, v in block.items()}, tmp_path / "in.pth")
@@ -353,7 +362,8 @@ class TestTool:
         assert not (tmp_path / "out.pth").exists()
 
     @pytest.mark.parametrize(
-        ("text", "message"), [(None, "no config at"), ("MODEL: {DEPHT: 50}", "MODEL.DEPHT")]
+        ("text", "message"),
+        [(None, "x.yaml' does not exist"), ("MODEL: {DEPHT: 50}", "MODEL.DEPHT")],
     )
     def test_bad_config(self, text, message, run, tmp_path):
         if text:

@@ -15,15 +15,13 @@ import argparse
 import ast
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 
-from nl_detectron import NonLocalBlock, add_non_local_config
-from nl_detectron.config import backbone_options, keypoint_head_options
-from nl_detectron.weights import DIALECTS, Block, Conversion, convert, load, save
+from nl_detectron import NonLocalBlock
+from nl_detectron.config import backbone_options, keypoint_head_options, load_config
+from nl_detectron.weights import DIALECTS, OPTIONS, Block, Conversion, convert, load, save
 
 
 class Detector:
@@ -31,15 +29,7 @@ class Detector:
 
     def __init__(self, config_file: str):
         """Build the model of the config."""
-        if not Path(config_file).is_file():
-            raise FileNotFoundError(f"no config at {config_file}")
-        self.cfg: CfgNode = get_cfg()
-        add_non_local_config(self.cfg)
-        try:
-            self.cfg.merge_from_file(config_file)
-        except (AssertionError, KeyError) as error:
-            raise ValueError(f"{config_file}: {error.args[0]}") from error
-        self.cfg.MODEL.DEVICE = "cpu"
+        self.cfg = load_config(config_file, ["MODEL.DEVICE", "cpu"])
         modules = build_model(self.cfg).named_modules()
         self.blocks = {name: m for name, m in modules if isinstance(m, NonLocalBlock)}
 
@@ -47,9 +37,10 @@ class Detector:
         """Return the arguments of a block; its name may lack what is before the ResNet."""
         if not any(f".{full_name}".endswith(f".{name}") for full_name in self.blocks):
             raise ValueError(f"the config has no such block; it has {sorted(self.blocks)}")
+        options = backbone_options(self.cfg)
         if "keypoint_head" in name:
-            return keypoint_head_options(self.cfg)["block_options"]
-        return {k: v for k, v in backbone_options(self.cfg).items() if k != "after_blocks"}
+            options = keypoint_head_options(self.cfg)["block_options"]
+        return {k: v for k, v in options.items() if k in OPTIONS}  # those that change the function
 
     def add_missing_blocks(self, result: Conversion) -> None:
         """Add the blocks that the weights lack, as they are when new: the identity."""

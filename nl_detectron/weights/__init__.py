@@ -1,8 +1,8 @@
 """Weights of other libraries into ours and back; see :func:`convert`."""
 
-from nl_detectron.weights.blocks import Block
+from nl_detectron.weights.blocks import OPTIONS, Block
 from nl_detectron.weights.convert import Conversion, convert
 from nl_detectron.weights.dialects import DIALECTS
 from nl_detectron.weights.files import load, save
 
-__all__ = ["DIALECTS", "Block", "Conversion", "convert", "load", "save"]
+__all__ = ["DIALECTS", "OPTIONS", "Block", "Conversion", "convert", "load", "save"]
