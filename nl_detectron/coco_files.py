@@ -48,7 +48,8 @@ def register_coco_files(name: str, json_file: str, image_dir: str) -> None:
 
     Raises:
         FileNotFoundError: one of the two paths is not there.
-        ValueError: no categories, categories with different keypoints, or ``name`` is taken.
+        ValueError: not JSON, no categories, categories with different keypoints, or ``name`` is
+            taken.
     """
     for path in (json_file, image_dir):
         if not Path(path).exists():
@@ -58,8 +59,11 @@ def register_coco_files(name: str, json_file: str, image_dir: str) -> None:
         if (known.json_file, known.image_root) != (json_file, image_dir):
             raise ValueError(f"data set name {name!r} is taken by {known}")
         return
-    with open(json_file) as f:
-        categories = json.load(f).get("categories", [])
+    try:
+        content = json.loads(Path(json_file).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"data set {name!r}: {json_file} is not JSON: {error}") from error
+    categories = content.get("categories") if isinstance(content, dict) else None
     if not categories:
         raise ValueError(f"data set {name!r}: {json_file} has no categories")
     keypoints = {tuple(category["keypoints"]) for category in categories if "keypoints" in category}

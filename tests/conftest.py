@@ -11,11 +11,18 @@ from detectron2.config import get_cfg
 from nl_detectron import add_non_local_config
 from nl_detectron.coco_files import register_coco_files
 from tests.generated_coco import write_coco
+from tests.running import forget_own_data
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_data_of_one_test():
+    yield
+    forget_own_data()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
 ROOT = Path(__file__).parent.parent
 QUICK = ROOT / "configs" / "quick_schedules"
 # A detector as small as it gets, on images of one size
@@ -43,3 +45,10 @@ def own_data_arguments(json_file, *splits):
     for split in splits:
         yield from (f"--{split}-json", json_file)
         yield from (f"--{split}-images", json_file.parent / "images")
+
+
+def forget_own_data():
+    """What a tool has registered in this process, so that the next call may name other files."""
+    for name in {"own_train", "own_test"} & set(DatasetCatalog.list()):
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 
 from nl_detectron.coco_files import register_coco_files, use_coco_files
 
@@ -43,14 +43,21 @@ def test_config_needs_keypoints(cfg, tmp_path):
     file.write_text('{"categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]}')
     with pytest.raises(ValueError, match="boxes.json name no keypoints"):
         use_coco_files(cfg, "test", str(file), str(tmp_path))
-    DatasetCatalog.remove("own_test")
-    MetadataCatalog.remove("own_test")
 
 
 def test_errors(own_data, tmp_path):
     images = str(own_data.parent / "images")
     with pytest.raises(FileNotFoundError, match="lost.json does not exist"):
         register_coco_files("test_errors", str(tmp_path / "lost.json"), images)
+    broken = tmp_path / "broken.json"
+    for text, message in {
+        "{": "is not JSON",
+        "\xff": "is not JSON",
+        "[1]": "no categories",
+    }.items():
+        broken.write_bytes(text.encode("latin1"))
+        with pytest.raises(ValueError, match=f"'test_errors': .*broken.json.*{message}"):
+            register_coco_files("test_errors", str(broken), images)
     empty = tmp_path / "empty.json"
     empty.write_text('{"images": [], "annotations": []}')
     with pytest.raises(ValueError, match="empty.json has no categories"):

@@ -10,14 +10,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from pycocotools.coco import COCO
 
 from nl_detectron.coco_files import use_coco_files
 from nl_detectron.config import load_config
 from nl_detectron.engine import Trainer, build_predictor
-from tests.running import QUICK, TINY, load_tool
+from tests.running import QUICK, TINY, forget_own_data, load_tool
 
 CONFIG = str(QUICK / "keypoint_rcnn_R_18_NL_FPN_NLhead_overfit.yaml")
 OPTIONS = [*TINY, "MODEL.MASK_ON", "True", "TEST.DETECTIONS_PER_IMAGE", "5"]
@@ -39,9 +38,7 @@ def predict(weights, own_data):
     main = load_tool("predict").main
 
     def run(source, *arguments, config=CONFIG, weights=weights, annotations=own_data):
-        if "own_test" in DatasetCatalog.list():  # of a call before, with another folder
-            DatasetCatalog.remove("own_test")
-            MetadataCatalog.remove("own_test")
+        forget_own_data()  # of a call before, with another folder
         named = {"config-file": config, "weights": weights, "input": source}
         fixed = [word for name, value in named.items() for word in (f"--{name}", value)]
         fixed += ["--annotations", annotations] if annotations else []
@@ -155,7 +152,7 @@ def test_mistakes(predict, images, weights, own_data, tmp_path):
     refuse("holds no image", empty)
     refuse("text.mp4 is no image .* no video", text)
     refuse("lost.pth not found", weights=tmp_path / "lost.pth")
-    refuse("text.mp4: this file holds no tensors", weights=text)
+    refuse("text.mp4: this file does not hold tensors alone", weights=text)
     refuse("lost.yaml' does not exist", config=tmp_path / "lost.yaml")
     refuse("pictures there would replace", output=images)
     seven = ("MODEL.ROI_HEADS.NUM_CLASSES", "7")

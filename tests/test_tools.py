@@ -93,17 +93,24 @@ class TestTrainNet:
     def test_own_keypoints_train_and_evaluate(self, own_data, tmp_path):
         command = ["tools/train_net.py", "--config-file", self.CONFIG]
         command += own_data_arguments(own_data, "train", "test")
-        command += ["--health-period", "1", "OUTPUT_DIR", tmp_path, *TINY, "TEST.EVAL_PERIOD", "0"]
+        command += ["--health-period", "1", "--resume", "OUTPUT_DIR", tmp_path, *TINY]
+        command += ["TEST.EVAL_PERIOD", "0"]
         refused = run(*command)
         assert refused.returncode != 0
         assert "TEST.KEYPOINT_OKS_SIGMAS has 17 values" in refused.stderr
         assert "2 keypoints" in refused.stderr
 
-        done = run(*command, "TEST.KEYPOINT_OKS_SIGMAS", "(0.1,0.1)")
-        assert done.returncode == 0, done.stderr
-        logged = {key: value for line in metrics(tmp_path) for key, value in line.items()}
-        assert {"bbox/AP", "keypoints/AP"} <= set(logged)
-        assert logged["non_local/backbone.bottom_up.res4.non_local0/residual_ratio"] > 0
+        command += ["TEST.KEYPOINT_OKS_SIGMAS", "(0.1,0.1)"]
+        seen = 0
+        for iterations in (2, 3):  # the second time, one more
+            done = run(*command, "SOLVER.MAX_ITER", iterations)
+            assert done.returncode == 0, done.stderr
+            lines = metrics(tmp_path)[seen:]
+            seen += len(lines)
+            logged = {key: value for line in lines for key, value in line.items()}
+            assert {"bbox/AP", "keypoints/AP"} <= set(logged)
+            assert logged["non_local/backbone.bottom_up.res4.non_local0/residual_ratio"] > 0
+        assert "Starting training from iteration 2" in done.stdout + done.stderr
         model = torch.load(tmp_path / "model_final.pth", weights_only=False)["model"]
         assert model["roi_heads.box_predictor.cls_score.weight"].shape[0] == 1 + 1
         assert model["roi_heads.keypoint_head.score_lowres.weight"].shape[1] == 2
@@ -119,15 +126,23 @@ class TestTrainNet:
             output = tmp_path / str(processes)
             command = ["tools/train_net.py", "--config-file", config, "--dist-url", free_url()]
             command += ["--num-processes", processes, *own_data_arguments(own_data, "train")]
+            command += ["--health-period", "1"]
             done = run(*command, "OUTPUT_DIR", output, *options)
             assert done.returncode == 0, done.stderr
             models.append(torch.load(output / "model_final.pth", weights_only=False)["model"])
+            (logged,) = metrics(output)  # by one of the processes
+            assert 0 < logged["non_local/backbone.bottom_up.res4.non_local0/entropy"] <= 1
         new = build_rpn(options, config)
         moved = 0
         for name, value in models[0].items():
             torch.testing.assert_close(value, models[1][name], rtol=1e-4, atol=1e-6, msg=name)
             moved += name in new and not torch.equal(value, new[name])
         assert moved > 50
+
+    def test_negative_period(self):
+        done = run("tools/train_net.py", "--health-period", "-1")
+        assert done.returncode != 0
+        assert "--health-period must be 0 or more, got -1" in done.stderr
 
     def test_misspelt_key(self, own_data):
         arguments = own_data_arguments(own_data, "train")
@@ -226,7 +241,7 @@ class TestOverfit:
                 {"image_id": 2, "iscrowd": 1, "num_keypoints": 1},
                 {"image_id": 3, "iscrowd": 0, "num_keypoints": 0},
                 *[{"image_id": 4, "iscrowd": 0, "num_keypoints": 1}] * 3,
-                {"image_id": 5, "iscrowd": 0, "num_keypoints": 1},
+                {"image_id": 5, "num_keypoints": 1},
             ],
         }
         overfit = load_tool("overfit")
@@ -235,6 +250,15 @@ class TestOverfit:
         assert [a["image_id"] for a in chosen["annotations"]] == [1, 5]
         with pytest.raises(SystemExit, match="only 2 images"):
             overfit.first_images(data, 3, 2)
+
+    @pytest.mark.parametrize("text", [None, "{"])
+    def test_json_that_cannot_be_read(self, text, tmp_path, monkeypatch):
+        if text:
+            (tmp_path / "a.json").write_text(text)
+        command = f"overfit --config-file x.yaml --json {tmp_path / 'a.json'} --images ."
+        monkeypatch.setattr("sys.argv", command.split())
+        with pytest.raises(SystemExit, match="--json .*a.json: "):
+            load_tool("overfit").main()
 
     def test_hands_the_subset_to_train_net(self, own_data, tmp_path):
         config = QUICK / "mask_rcnn_R_18_NL_FPN_overfit.yaml"

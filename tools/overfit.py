@@ -26,7 +26,7 @@ def first_images(data: dict[str, Any], count: int, max_objects: int) -> dict[str
     """Return the first images of a COCO data set with 1 to ``max_objects`` labelled objects."""
     keypoints = any("keypoints" in category for category in data["categories"])
     objects = Counter(a["image_id"] for a in data["annotations"])
-    unusable = {a["image_id"] for a in data["annotations"] if a["iscrowd"]}
+    unusable = {a["image_id"] for a in data["annotations"] if a.get("iscrowd")}
     if keypoints:
         unusable |= {a["image_id"] for a in data["annotations"] if not a["num_keypoints"]}
     usable = [
@@ -55,14 +55,17 @@ def main() -> int:
     parser.add_argument("--max-objects", type=int, default=10, help="per image, to keep it short")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
     args = parser.parse_args()
+    try:
+        subset = first_images(json.loads(args.json.read_bytes()), args.count, args.max_objects)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--json {args.json}: {error}") from error
     with tempfile.TemporaryDirectory() as folder:
-        subset = Path(folder) / "subset.json"
-        data = json.loads(args.json.read_text())
-        subset.write_text(json.dumps(first_images(data, args.count, args.max_objects)))
+        path = Path(folder) / "subset.json"
+        path.write_text(json.dumps(subset))
         command = [sys.executable, str(Path(__file__).with_name("train_net.py"))]
         command += ["--config-file", args.config_file]
         for split in ("train", "test"):
-            command += [f"--{split}-json", str(subset), f"--{split}-images", args.images]
+            command += [f"--{split}-json", str(path), f"--{split}-images", args.images]
         return subprocess.call(command + args.opts)
 
 

@@ -48,4 +48,7 @@ if __name__ == "__main__":
         metavar="N",
         help="log every N iterations what the non-local blocks do; 0 is off",
     )
-    launch(main, parser.parse_args())
+    args = parser.parse_args()
+    if args.health_period < 0:
+        parser.error(f"--health-period must be 0 or more, got {args.health_period}")
+    launch(main, args)
