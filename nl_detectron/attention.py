@@ -38,15 +38,16 @@ def find_blocks(model: nn.Module, *patterns: str) -> dict[str, NonLocalBlock]:
     Raises:
         ValueError: a pattern that no block matches.
     """
+    patterns = patterns or ("*",)
     blocks = {name: m for name, m in model.named_modules() if isinstance(m, NonLocalBlock)}
     there = f"it has {', '.join(blocks)}" if blocks else "it has none at all"
-    for pattern in patterns or ("*",):
+    for pattern in patterns:
         if not any(_matches(name, pattern) for name in blocks):
             raise ValueError(f"the model has no non-local block {pattern!r}; {there}")
     return {
         name: block
         for name, block in blocks.items()
-        if any(_matches(name, pattern) for pattern in patterns or ("*",))
+        if any(_matches(name, pattern) for pattern in patterns)
     }
 
 

@@ -64,18 +64,23 @@ class StrictCheckpointer(DetectionCheckpointer):
         beyond_backbone = {name for name in names if not name.startswith((prefix, "pixel_"))}
 
         unexplained = {name for name in lacking if not name.startswith(blocks + self.may_lack)}
-        if beyond_backbone <= lacking and not self.complete:
+        backbone_alone = beyond_backbone <= lacking
+        if backbone_alone and not self.complete:
             unexplained -= beyond_backbone
             self.logger.info("The checkpoint holds a backbone alone; the rest starts from scratch.")
         if unexplained:
-            hint = (
-                "What should start from scratch can be named: may_lack, or --may-lack of "
-                "tools/train_net.py."
-            )
+            if self.complete and backbone_alone:
+                hint = "It holds no more than a backbone."
+            else:
+                hint = "Is it of another depth or number of classes?"
+            if not self.complete:
+                hint += (
+                    " What should start from scratch can be named: may_lack, or --may-lack of "
+                    "tools/train_net.py."
+                )
             raise ValueError(
                 f"the checkpoint lacks {len(unexplained)} of the model's {len(names)} tensors, or "
-                f"has them in another shape: {_some(unexplained)}. Is it of another depth or "
-                f"number of classes? {'' if self.complete else hint}"
+                f"has them in another shape: {_some(unexplained)}. {hint}"
             )
 
     def _check_surplus(self, surplus: Iterable[str]) -> None:

@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -62,8 +63,12 @@ class Trainer(engine.DefaultTrainer):
         )
 
 
-def build_predictor(cfg: CfgNode, weights: str) -> engine.DefaultPredictor:
+def build_predictor(cfg: CfgNode, weights: str | None = None) -> engine.DefaultPredictor:
     """Build a model and load weights for it, which must be all there and all of use.
+
+    Args:
+        cfg: is not changed.
+        weights: checkpoint; without it, the config's. "" leaves the model at its initial values.
 
     Returns:
         A function from a BGR image, (H, W, 3), to what the model finds, and its ``model``.
@@ -71,6 +76,7 @@ def build_predictor(cfg: CfgNode, weights: str) -> engine.DefaultPredictor:
     Raises:
         ValueError: no model can be built from ``cfg``, or the weights are not its own.
     """
+    weights = cfg.MODEL.WEIGHTS if weights is None else weights
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.WEIGHTS = ""  # stock would load any, whatever they lack
@@ -81,10 +87,20 @@ def build_predictor(cfg: CfgNode, weights: str) -> engine.DefaultPredictor:
     try:
         StrictCheckpointer(predictor.model, complete=True).load(weights)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"weights {weights}: this file holds no tensors") from error
+        raise ValueError(f"weights {weights}: this file does not hold tensors alone") from error
     except Exception as error:  # broken files raise all sorts
         raise ValueError(f"weights {weights}: {error}") from error
     return predictor
+
+
+def network_input(predictor: engine.DefaultPredictor, image: np.ndarray) -> dict[str, Any]:
+    """What a predictor gives its model for a BGR image, (H, W, 3), where that must be run alone."""
+    height, width = image.shape[:2]
+    if predictor.input_format == "RGB":
+        image = image[:, :, ::-1]
+    resized = predictor.aug.get_transform(image).apply_image(image)
+    pixels = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1))
+    return {"image": pixels, "height": height, "width": width}
 
 
 def argument_parser(epilog: str) -> argparse.ArgumentParser:
@@ -160,6 +176,14 @@ def _use_own_data(cfg: CfgNode, args: argparse.Namespace) -> None:
                 f"TEST.KEYPOINT_OKS_SIGMAS has {num_sigmas} values, but the categories of "
                 f"{json_file} have {num_keypoints} keypoints"
             )
+    if args.train_json and args.test_json:
+        for what in ["thing_classes", *["keypoint_names"] * cfg.MODEL.KEYPOINT_ON]:
+            train, test = (MetadataCatalog.get(f"own_{s}").get(what) for s in ("train", "test"))
+            if train != test:
+                raise ValueError(
+                    "--train-json and --test-json must have the same categories and keypoints, "
+                    f"got {train} and {test}"
+                )
 
 
 def _check_data(cfg: CfgNode) -> None:

@@ -45,7 +45,12 @@ class Images:
         skipped: number of images that could not be used so far.
     """
 
-    def __init__(self, path: Path, metadata: Metadata, known_ids: Mapping[Path, int] | None = None):
+    def __init__(
+        self,
+        path: Path,
+        metadata: Metadata | None = None,
+        known_ids: Mapping[Path, int] | None = None,
+    ):
         """Find the files.
 
         Args:
@@ -67,6 +72,7 @@ class Images:
             if known_ids is None and image_id in self._ids.values():
                 raise ValueError(f"{path} holds several images of the id {image_id!r}")
             self._ids[file] = image_id if known_ids is None else known_ids.get(file)
+        self._folder = path if path.is_dir() else path.parent
         self._metadata = metadata
         self.skipped = 0
 
@@ -80,16 +86,21 @@ class Images:
                     raise ValueError("the annotations do not have it")
                 image = read_image(str(file), format="BGR")
             except Exception as error:  # decoders of broken files raise all sorts
-                tqdm.write(f"skipped {file}: {error}", file=sys.stderr)
-                self.skipped += 1
+                self.skip(file.name, error)
             else:
                 yield Frame(file.name, image_id, image)
+
+    def skip(self, name: str, error: Exception) -> None:
+        """Count an image that cannot be used, and say which and why."""
+        tqdm.write(f"skipped {self._folder / name}: {error}", file=sys.stderr)
+        self.skipped += 1
 
     def draw(self, frame: Frame, found: Instances, folder: Path) -> None:
         """Write the picture of a frame."""
         picture = Visualizer(frame.image[:, :, ::-1], self._metadata)
         pixels = picture.draw_instance_predictions(found).get_image()
-        cv2.imwrite(str(folder / frame.name), pixels[:, :, ::-1])
+        if not cv2.imwrite(str(folder / frame.name), pixels[:, :, ::-1]):
+            raise OSError(f"OpenCV cannot write {folder / frame.name}")
 
     def close(self) -> None:
         """Do nothing, for no file stays open."""
@@ -160,3 +171,14 @@ def open_frames(
     if path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES:
         return Images(path, metadata, known_ids)
     return Video(source, metadata)
+
+
+def report_done(source: str | Path, done: int, skipped: int) -> None:
+    """Print how many images of ``source`` were done.
+
+    Raises:
+        SystemExit: none was.
+    """
+    print(f"{done} images done, {skipped} skipped", flush=True)
+    if not done:
+        raise SystemExit(f"nothing could be done with {source}")

@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 from detectron2.layers import Conv2d
-from detectron2.modeling import build_model
 
 from nl_detectron.attention import find_blocks
+from nl_detectron.engine import build_predictor
 
 RED, BLUE = 0, 1  # channels
 SIZE, INPUT_SIZE, PADDED_SIZE = (101, 173), (150, 257), (160, 288)
@@ -27,8 +27,9 @@ def planted_cfg(cfg):
 
 
 @torch.no_grad()
-def planted_detector(cfg):
-    model = build_model(cfg).eval()
+def planted_predictor(cfg):
+    predictor = build_predictor(cfg, "")
+    model = predictor.model
     for module in (*model.backbone.modules(), *model.roi_heads.keypoint_head.modules()):
         if isinstance(module, Conv2d):
             module.weight.zero_()
@@ -46,13 +47,13 @@ def planted_detector(cfg):
     for block in find_blocks(model).values():
         block.theta.weight.zero_()[0, RED] = 0.1
         block.phi.weight.zero_()[0, BLUE] = 0.1
-    return model
+    return predictor
 
 
 def picture(red, blue):
-    """Grey of ``SIZE``, with a red and a blue rectangle, each x0, y0, x1, y1."""
+    """Grey of ``SIZE``, with a red and a blue rectangle, each x0, y0, x1, y1; BGR."""
     image = np.full((*SIZE, 3), 90, dtype=np.uint8)
-    for (x0, y0, x1, y1), colour in ((red, (255, 0, 0)), (blue, (0, 0, 255))):
+    for (x0, y0, x1, y1), colour in ((red, (0, 0, 255)), (blue, (255, 0, 0))):
         image[y0:y1, x0:x1] = colour
     return image
 

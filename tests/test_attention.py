@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from nl_detectron import NonLocalBlock, ops
 from nl_detectron.attention import attention_map, find_blocks, record_attention, stride_of
 from nl_detectron.cells import CellGrid
-from nl_detectron.inference import network_input
+from nl_detectron.engine import network_input
 from tests import planted
 
 C = 6
@@ -165,34 +165,34 @@ class TestPlantedPair:
     """Red looks at blue: resized by 1.49, padded on two sides, stride 16, keys of 2 x 2 cells."""
 
     @pytest.fixture
-    def detector(self, small_cfg):
-        return planted.planted_detector(planted.planted_cfg(small_cfg))
+    def predictor(self, small_cfg):
+        return planted.planted_predictor(planted.planted_cfg(small_cfg))
 
     @pytest.mark.parametrize(
         ("red", "blue"), [((0, 0), (7, 3)), ((6, 1), (0, 4)), ((3, 3), (4, 2))]
     )
-    def test_in_the_backbone(self, detector, small_cfg, red, blue):
+    def test_in_the_backbone(self, predictor, red, blue):
         """Rectangles inside one key each; the red one where its third of four cells looks."""
         red_box = planted.rectangle(32 * red[0] + 10, 32 * red[1] + 10, 20, 20)
         blue_box = planted.rectangle(32 * blue[0] + 6, 32 * blue[1] + 6, 20, 20)
-        inputs = network_input(small_cfg, planted.picture(red_box, blue_box))
-        assert inputs["image"].shape[1:] == planted.INPUT_SIZE
-        with record_attention(detector, "res4.*") as recordings, torch.no_grad():
-            detector([inputs])
+        with record_attention(predictor.model, "res4.*") as recordings:
+            predictor(planted.picture(red_box, blue_box))
         (recording,) = recordings.values()
         assert recording.last_input.shape[2:] == tuple(s // 16 for s in planted.PADDED_SIZE)
         grid = CellGrid.of_stage(16, planted.SIZE, planted.INPUT_SIZE)
         attention = attention_map(recording, grid, planted.SIZE, *centre(red_box))
         assert_points_at(attention, blue_box)
 
-    def test_in_a_roi_of_the_keypoint_head(self, detector, small_cfg):
+    def test_in_a_roi_of_the_keypoint_head(self, predictor):
         red_box, blue_box = planted.rectangle(54, 38, 12, 12), planted.rectangle(121, 89, 12, 12)
-        inputs = network_input(small_cfg, planted.picture(red_box, blue_box))
+        inputs = network_input(predictor, planted.picture(red_box, blue_box))
+        assert inputs["image"].shape[1:] == planted.INPUT_SIZE
         rois = torch.tensor([[0.0, 0, 70, 70], [40, 20, 138, 104]])
         given = Instances(planted.INPUT_SIZE)
         given.pred_boxes, given.pred_classes = Boxes(rois), torch.zeros(2, dtype=torch.int64)
-        with record_attention(detector, "keypoint_head.*") as recordings, torch.no_grad():
-            detector.inference([inputs], [given], do_postprocess=False)
+        model = predictor.model
+        with record_attention(model, "keypoint_head.*") as recordings, torch.no_grad():
+            model.inference([inputs], [given], do_postprocess=False)
         (recording,) = recordings.values()
         scale = torch.tensor([s / i for s, i in zip(planted.SIZE, planted.INPUT_SIZE)]).flip(0)
         grid = CellGrid.of_roi((rois[1] * scale.repeat(2)).tolist(), (14, 14))

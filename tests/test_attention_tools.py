@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from tests import planted
-from tests.test_tools import load_tool
+from tests.running import load_tool
 
 RED, BLUE = planted.rectangle(10, 42, 20, 20), planted.rectangle(230, 102, 20, 20)
 
@@ -19,10 +19,10 @@ RED, BLUE = planted.rectangle(10, 42, 20, 20), planted.rectangle(230, 102, 20, 2
 def files(small_cfg, tmp_path):
     """A planted detector on disk, and a folder with a picture for it and a broken one."""
     cfg = planted.planted_cfg(small_cfg)
-    torch.save({"model": planted.planted_detector(cfg).state_dict()}, tmp_path / "model.pth")
+    torch.save({"model": planted.planted_predictor(cfg).model.state_dict()}, tmp_path / "model.pth")
     (tmp_path / "config.yaml").write_text(cfg.dump())
     (tmp_path / "images").mkdir()
-    Image.fromarray(planted.picture(RED, BLUE)).save(tmp_path / "images" / "pair.png")
+    Image.fromarray(planted.picture(RED, BLUE)[:, :, ::-1]).save(tmp_path / "images" / "pair.png")
     (tmp_path / "images" / "broken.png").write_bytes(b"\x89PNG")
     return tmp_path
 
@@ -69,6 +69,9 @@ class TestVisualizeAttention:
             pixel = (0.9 * head + 0.1 * np.array([self.X + 0.5, self.Y + 0.5])) * scale
             red, green, blue = arrows.convert("RGB").getpixel(tuple(pixel.round().astype(int)))
             assert red > 200 > 100 > blue
+            corner = (np.array(BLUE[2:]) - 1.5) * scale  # of the blue rectangle, behind the head
+            red, green, blue = arrows.convert("RGB").getpixel(tuple(corner.round().astype(int)))
+            assert blue > 200 > 100 > red
 
     def test_joint_in_its_roi(self, files, command):
         options = ["--block", "keypoint_head.*", "--joint", "2", "--output", files / "out"]
@@ -99,6 +102,29 @@ class TestVisualizeAttention:
             command("visualize_attention", "pair.png", *options, "--output", files / "out")
         assert stop.value.code not in (None, 0)
         assert message in capsys.readouterr().err + str(stop.value)
+
+
+@pytest.mark.parametrize("tool", ["visualize_attention", "block_health"])
+@pytest.mark.parametrize(
+    ("image", "options", "message"),
+    [
+        ("broken.png", [], "nothing could be done with .*broken.png"),
+        ("../empty", [], "empty holds no image"),
+        ("pair.png", ["MODEL.NON_LOCAL.PAIRWIZE", "gaussian"], "did you mean MODEL.NON_LOCAL.PAIR"),
+        ("pair.png", ["MODEL.RESNETS.DEPTH", "101"], "weights .*model.pth: .* of another depth"),
+        ("pair.png", ["MODEL.BACKBONE.NAME", "none"], "no model can be built: .*'none'"),
+    ],
+)
+def test_mistakes(files, command, tool, image, options, message):
+    (files / "empty").mkdir()
+    looking = ["--query", "5,5", "--output", files / "out"]
+    with pytest.raises(SystemExit, match=message):
+        command(tool, image, *(looking if tool == "visualize_attention" else []), *options)
+
+
+def test_block_health_of_random_weights(command, capsys):
+    command("block_health", "pair.png", "--weights", "", "MODEL.KEYPOINT_ON", "False")
+    assert "1 images done, 0 skipped" in capsys.readouterr().out
 
 
 def test_block_health(command, capsys):

@@ -19,8 +19,9 @@ from torch import nn
 from nl_detectron import NonLocalBlock, add_non_local_config
 from nl_detectron.checkpoint import StrictCheckpointer
 from nl_detectron.config import stock_twin
+from tests.running import ROOT
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = ROOT / "configs"
 
 _RES4 = "backbone.bottom_up.res4.non_local"
 _HEAD = [f"roi_heads.keypoint_head.non_local{i}" for i in (2, 4, 6, 8)]

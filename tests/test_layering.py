@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 import subprocess
 import sys
@@ -10,26 +11,24 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-PACKAGE = REPOSITORY / "nl_detectron"
+from tests.running import ROOT
+
+PACKAGE = ROOT / "nl_detectron"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 # A module imports only from layers before its own.
 LAYERS = [
-    ["paths", "config", "cells"],
-    ["ops"],
+    ["paths", "config", "cells", "coco_files", "flops", "frames"],
+    ["ops", "pictures"],
     ["non_local"],
-    ["backbone", "keypoint_head", "checkpoint", "attention"],
-    [],
-    ["engine"],
+    ["backbone", "keypoint_head", "checkpoint", "attention", "cost"],
+    ["engine", "health"],
     ["twins"],
     ["__init__"],
     ["env"],
 ]
-# Of a module that is not named: it may use the above, and only what is below uses it.
-OTHERS = LAYERS.index([])
 
 
 def imports(path, tree=None):
@@ -52,7 +51,11 @@ def packages(path):
 
 
 def layer(module):
-    return next((i for i, names in enumerate(LAYERS) if module in names), OTHERS)
+    return next(i for i, names in enumerate(LAYERS) if module in names)
+
+
+def test_every_module_has_a_layer():
+    assert sorted(itertools.chain(*LAYERS)) == MODULES
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -65,7 +68,7 @@ def test_imports_run_one_way(module):
 
 
 @pytest.mark.parametrize(
-    "path", [PACKAGE / "paths.py", PACKAGE / "ops.py", REPOSITORY / "tests" / "oracles.py"]
+    "path", [PACKAGE / "paths.py", PACKAGE / "ops.py", ROOT / "tests" / "oracles.py"]
 )
 def test_science_and_its_oracles_need_torch_alone(path):
     standard = {"__future__", "collections", "contextlib", "itertools", "typing"}
@@ -99,7 +102,7 @@ def test_detectron2_is_imported_first():
 
 
 def test_projects_do_not_import_each_other():
-    projects = [path for path in (REPOSITORY / "projects").iterdir() if path.is_dir()]
+    projects = [path for path in (ROOT / "projects").iterdir() if path.is_dir()]
     for project in projects:
         others = {path.name for path in projects} - {project.name}
         for path in project.rglob("*.py"):
@@ -108,12 +111,12 @@ def test_projects_do_not_import_each_other():
 
 def test_tools_are_no_package():
     """An __init__.py would hide the package `tools` that an installed detectron2 leaves behind."""
-    assert not (REPOSITORY / "tools" / "__init__.py").exists()
+    assert not (ROOT / "tools" / "__init__.py").exists()
     for name in set(re.findall(r"python -m (tools\.\w\w+)", README)):
         code = f"import importlib.util as u; print(u.find_spec({name!r}).origin)"
         run = [sys.executable, "-c", code]
-        origin = subprocess.run(run, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-        assert not Path(origin.stdout).is_relative_to(REPOSITORY / "tools")
+        origin = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert not Path(origin.stdout).is_relative_to(ROOT / "tools")
 
 
 def test_paths_in_readme():
@@ -123,11 +126,11 @@ def test_paths_in_readme():
     paths |= set(re.findall(r"\]\((?!https?:|#)([^)]+)\)", README))
     paths.discard("tools/x.py")  # any of them
     assert "nl_detectron/ops.py" in paths
-    assert [path for path in sorted(paths) if not (REPOSITORY / path).exists()] == []
+    assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
 
 
 def test_make_targets_in_readme():
-    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
     named = set(re.findall(r"(?:^ {4}|`)make ([\w-]+)", README, re.MULTILINE))
     assert named
@@ -137,5 +140,5 @@ def test_make_targets_in_readme():
 @pytest.mark.slow
 @pytest.mark.parametrize("code", CODE)
 def test_code_in_readme(code, monkeypatch):
-    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.chdir(ROOT)
     exec(code, {})

@@ -14,11 +14,12 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from nl_detectron.attention import find_blocks
+from nl_detectron.config import load_config
+from nl_detectron.engine import build_predictor
+from nl_detectron.frames import Images, report_done
 from nl_detectron.health import BlockHealth, watch_health
-from nl_detectron.inference import for_each_image, load_detector, network_input
 
 
 def main() -> None:
@@ -32,18 +33,17 @@ def main() -> None:
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
     args = parser.parse_args()
     try:
-        cfg, model = load_detector(args.config_file, args.weights, args.opts)
-        blocks = find_blocks(model)
-    except (AssertionError, KeyError, OSError, ValueError) as error:
-        raise SystemExit(f"{error}") from error
+        images = Images(args.input)
+        predictor = build_predictor(load_config(args.config_file, args.opts), args.weights)
+        blocks = find_blocks(predictor.model)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
 
     measured: dict[str, list[BlockHealth]] = defaultdict(list)
-
-    def measure(path: Path, image: np.ndarray) -> None:
-        with torch.no_grad(), watch_health(model, lambda name, h: measured[name].append(h)):
-            model([network_input(cfg, image)])
-
-    for_each_image(args.input, measure)
+    with watch_health(predictor.model, lambda name, health: measured[name].append(health)):
+        for frame in images:
+            predictor(frame.image)
+    report_done(args.input, len(images) - images.skipped, images.skipped)
     print("| block | residual ratio | entropy | query dependence |")
     print("|---|---:|---:|---:|")
     for name in blocks:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from nl_detectron.coco_files import use_coco_files
 from nl_detectron.config import load_config
 from nl_detectron.engine import build_predictor
-from nl_detectron.frames import Images, Video, open_frames
+from nl_detectron.frames import Images, Video, open_frames, report_done
 
 
 def check_classes(cfg: CfgNode, metadata: Metadata) -> None:
@@ -102,9 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         frames.close()
     if args.json and done:
         args.json.write_text(json.dumps(results))
-    print(f"{done} images done, {frames.skipped} skipped")
-    if not done:
-        raise SystemExit(f"nothing could be read from {args.input}")
+    report_done(args.input, done, frames.skipped)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from detectron2.engine import DefaultPredictor
 
 from nl_detectron.attention import (
     Recording,
@@ -29,7 +29,9 @@ from nl_detectron.attention import (
     stride_of,
 )
 from nl_detectron.cells import AttentionMap, CellGrid
-from nl_detectron.inference import for_each_image, load_detector, network_input
+from nl_detectron.config import load_config
+from nl_detectron.engine import build_predictor, network_input
+from nl_detectron.frames import Frame, Images, report_done
 from nl_detectron.pictures import draw_arrows, draw_heat_map, save_grid
 
 GRID = 64  # pictures in grid.png, at most
@@ -38,17 +40,17 @@ GRID = 64  # pictures in grid.png, at most
 class Visualizer:
     """Makes the pictures of one image after another."""
 
-    def __init__(self, cfg: CfgNode, model: Any, args: argparse.Namespace):
-        self.cfg, self.model, self.args = cfg, model, args
+    def __init__(self, predictor: DefaultPredictor, args: argparse.Namespace):
+        self.predictor, self.model, self.args = predictor, predictor.model, args
         self.pictures: list[Path] = []
 
-    def __call__(self, path: Path, image: np.ndarray) -> None:
+    def __call__(self, frame: Frame) -> None:
         """Make the pictures of an image; ``ValueError`` where a query has no place in it."""
-        size = image.shape[:2]
+        size = frame.image.shape[:2]
         for x, y in self.args.query:
             if not (0 <= x < size[1] and 0 <= y < size[0]):
                 raise ValueError(f"query {x},{y} is outside the image of {size[1]} x {size[0]}")
-        inputs = network_input(self.cfg, image)
+        inputs = network_input(self.predictor, frame.image)
         scale = np.array([size[1] / inputs["image"].shape[2], size[0] / inputs["image"].shape[1]])
         with torch.no_grad(), record_attention(self.model, *self.args.block) as recordings:
             boxes, joints = self.detect(inputs)
@@ -64,7 +66,7 @@ class Visualizer:
                     grid = CellGrid.of_roi(boxes[roi], recording.last_input.shape[2:])
                     attention = attention_map(recording, grid, size, x, y, sample=roi)
                     view = with_margin(boxes[roi], size)
-                self.save(path, image, recording, label, attention, view)
+                self.save(frame, recording, label, attention, view)
 
     def detect(self, inputs: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         """Run the model; boxes (R, 4) and joints (R, J, 2) of its detections, the best first."""
@@ -89,7 +91,7 @@ class Visualizer:
     def joint_index(self, joint: str, number: int) -> int:
         """Index of a joint that is given by name or by index."""
         names = [str(i) for i in range(number)]
-        for dataset in self.cfg.DATASETS.TEST[:1]:
+        for dataset in self.predictor.cfg.DATASETS.TEST[:1]:
             known = MetadataCatalog.get(dataset).get("keypoint_names", ())
             if len(known) == number:
                 names = [*known, *names]
@@ -99,8 +101,7 @@ class Visualizer:
 
     def save(
         self,
-        path: Path,
-        image: np.ndarray,
+        frame: Frame,
         recording: Recording,
         label: str,
         attention: AttentionMap,
@@ -108,10 +109,10 @@ class Visualizer:
     ) -> None:
         """Write two pictures and the raw map, and say in a line what they show."""
         block = ".".join(recording.name.split(".")[-2:])
-        stem = f"{self.args.output / path.stem}.{block}.{label}"
+        stem = f"{self.args.output / Path(frame.name).stem}.{block}.{label}"
         for kind, draw in (("heat", draw_heat_map), ("arrows", draw_arrows)):
             file = Path(f"{stem}.{kind}.png")
-            draw([image], attention, view).savefig(file)
+            draw([frame.image[:, :, ::-1]], attention, view).savefig(file)
             self.pictures.append(file)
         np.savez(
             f"{stem}.npz",
@@ -122,7 +123,7 @@ class Visualizer:
         x, y, _, weight = attention.strongest(1)[0]
         padding = attention.weights[:, ~attention.in_image].sum()
         print(
-            f"{path.name}, {recording.name}: from {label} most to ({x:.0f}, {y:.0f}), weight "
+            f"{frame.name}, {recording.name}: from {label} most to ({x:.0f}, {y:.0f}), weight "
             f"{weight:.3f} of {attention.weights.sum():.3f}, padding {padding:.3f}",
             flush=True,
         )
@@ -181,13 +182,19 @@ def main() -> None:
     if not args.query and not args.joint:
         parser.error("give at least one --query or --joint")
     try:
-        cfg, model = load_detector(args.config_file, args.weights, args.opts)
-        find_blocks(model, *args.block)  # an unknown one is said before any image is read
-    except (AssertionError, KeyError, OSError, ValueError) as error:
-        raise SystemExit(f"{error}") from error
-    args.output.mkdir(parents=True, exist_ok=True)
-    visualizer = Visualizer(cfg, model, args)
-    for_each_image(args.input, visualizer)
+        images = Images(args.input)
+        predictor = build_predictor(load_config(args.config_file, args.opts), args.weights)
+        find_blocks(predictor.model, *args.block)  # an unknown one is said before any image is read
+        args.output.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+    visualizer = Visualizer(predictor, args)
+    for frame in images:
+        try:
+            visualizer(frame)
+        except (OSError, ValueError) as error:
+            images.skip(frame.name, error)
+    report_done(args.input, len(images) - images.skipped, images.skipped)
     if args.input.is_dir():
         pictures = visualizer.pictures[:GRID]
         columns = min(len(pictures), max(4, 2 * len(args.query + args.joint)))

@@ -1,0 +1,99 @@
+"""What the tools have in common; the whole of it runs in the tests of the tools."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetMapper
+from PIL import Image
+
+from nl_detectron.engine import argument_parser, build_predictor, network_input, setup
+from tests.running import QUICK, own_data_arguments
+
+
+class TestBuildPredictor:
+    @pytest.fixture
+    def nl_cfg(self, small_cfg):
+        small_cfg.MODEL.BACKBONE.NAME = "build_non_local_resnet_fpn_backbone"
+        return small_cfg
+
+    @pytest.mark.parametrize("given", [True, False])
+    def test_weights(self, given, nl_cfg, tmp_path):
+        path = str(tmp_path / "model.pth")
+        nl_cfg.MODEL.WEIGHTS = "" if given else path
+        state = build_predictor(nl_cfg, "").model.state_dict()
+        torch.save({"model": state}, path)
+        model = build_predictor(nl_cfg, path if given else None).model
+        assert not model.training
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, state[name]), name
+        assert nl_cfg.MODEL.WEIGHTS == ("" if given else path)
+
+    def test_random_weights(self, nl_cfg):
+        first, second = (build_predictor(nl_cfg, "").model.backbone for _ in range(2))
+        name = "bottom_up.res4.0.conv1.weight"
+        assert not torch.equal(first.state_dict()[name], second.state_dict()[name])
+
+    def test_weights_that_are_not_its_own(self, nl_cfg, tmp_path):
+        state = build_predictor(nl_cfg, "").model.state_dict()
+        path = str(tmp_path / "model.pth")
+        for kept, message in {
+            "backbone.bottom_up": "lacks .* It holds no more than a backbone",
+            "roi_heads": "lacks .* Is it of another depth",
+        }.items():
+            torch.save({"model": {k: v for k, v in state.items() if k.startswith(kept)}}, path)
+            with pytest.raises(ValueError, match=f"weights .*model.pth: the checkpoint {message}"):
+                build_predictor(nl_cfg, path)
+        torch.save({"model": state, "numbers": np.ones(3)}, path)
+        with pytest.raises(ValueError, match="weights .*: this file does not hold tensors alone"):
+            build_predictor(nl_cfg, path)
+
+
+@pytest.mark.parametrize("channels", ["BGR", "RGB"])
+def test_network_input_is_that_of_the_evaluation(small_cfg, tmp_path, channels):
+    cfg = small_cfg
+    cfg.MODEL.KEYPOINT_ON = False
+    cfg.INPUT.FORMAT, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = channels, 80, 111
+    pixels = torch.randint(0, 256, (37, 53, 3), dtype=torch.uint8).numpy()
+    Image.fromarray(pixels[:, :, ::-1]).save(tmp_path / "a.png")
+    record = {"file_name": str(tmp_path / "a.png"), "height": 37, "width": 53}
+    expected = DatasetMapper(cfg, is_train=False)(record)
+    inputs = network_input(build_predictor(cfg, ""), pixels)
+    assert inputs["image"].shape == (3, 77, 111)
+    assert torch.equal(inputs["image"], expected["image"].float())
+    assert (inputs["height"], inputs["width"]) == (37, 53)
+
+
+class TestSetup:
+    @pytest.fixture
+    def refuse(self, tmp_path):
+        def refuse(message, *arguments):
+            config = QUICK / "keypoint_rcnn_R_18_NL_FPN_NLhead_overfit.yaml"
+            words = ["--config-file", config, *arguments]
+            words += ["OUTPUT_DIR", tmp_path, "TEST.KEYPOINT_OKS_SIGMAS", "(0.1,0.1)"]
+            args = argument_parser("").parse_args([str(word) for word in words])
+            with pytest.raises(SystemExit, match=message):
+                setup(args)
+
+        return refuse
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"name": "dot"}, r"\['bar'\] and \['dot'\]"),
+            ({"keypoints": ["left_end", "middle"]}, ".*'right_end'. and .'left_end', 'middle'"),
+        ],
+    )
+    def test_other_categories_to_test_on(self, change, message, own_data, refuse):
+        data = json.loads(own_data.read_text())
+        data["categories"][0] |= change
+        other = own_data.parent / "other.json"
+        other.write_text(json.dumps(data))
+        train, test = own_data_arguments(own_data, "train"), own_data_arguments(other, "test")
+        refuse(f"must have the same categories and keypoints, got {message}", *train, *test)
+
+    def test_half_of_own_data(self, own_data, refuse):
+        refuse("--train-json and --train-images go together", "--train-json", own_data)
