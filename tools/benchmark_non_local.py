@@ -3,13 +3,15 @@
 Contenders have the same weights and, within 1e-5, the same output. They take turns in one process;
 a cell shows the median ratio of a contender's time to that of the plain "textbook" path, and its
 memory: the peak above what was there before, in a process of its own, on a CPU of resident memory.
-mmcv (mmcv-lite), pytorchvideo and timm take part where they are installed.
+mmcv, pytorchvideo and timm take part where they are installed: `make peers` puts them into
+build/peers, for PYTHONPATH.
 
     python tools/benchmark_non_local.py                                        # takes an hour
     python tools/benchmark_non_local.py --shapes res4 --pairwise dot_product
-    python tools/benchmark_non_local.py --output benchmark.png --shapes n196 n784 n1764 n4200 n16800
+    python tools/benchmark_non_local.py --passes forward --picture benchmark.png \\
+        --shapes n196 n784 n1764 n4225 n8464 n16900
 
-The block within a detector is a matter of tools/benchmark_detector.py.
+For a block within a detector see tools/benchmark_detector.py.
 """
 
 from __future__ import annotations
@@ -157,7 +159,7 @@ def run(case: Case, block: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float
 
 
 def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function in a process of its own; return its result, None if PyTorch failed there."""
+    """Call a function in a process of its own; return its result, None if it failed there."""
     # A copy of this process, which must not compute anything itself: threads are not copied.
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -170,9 +172,13 @@ def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
 
     process = context.Process(target=call)
     process.start()
-    result = receiver.recv()
-    process.join()
-    return result
+    sender.close()  # so that a process that was killed ends the wait
+    try:
+        return receiver.recv()
+    except EOFError:
+        return None
+    finally:
+        process.join()
 
 
 def peak(case: Case, name: str) -> int:
@@ -231,6 +237,8 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
     ]
     memory = {name: in_new_process(peak, case, name) for name in names}
     times = in_new_process(race, case, [n for n in names if memory[n] is not None], seconds)
+    if times is None:
+        raise SystemExit(f"{case}: the contenders disagree, or do not fit into memory together")
     chosen = in_new_process(chosen_path, case)
 
     def ratio(name: str, base: str) -> float:
