@@ -147,6 +147,11 @@ def test_peak_memory():
         ("gaussian", (1, 4200, 1050, 1024, 512), "blocked"),
         ("dot_product", (1, 4200, 1050, 512, 512), "linear"),
         ("concatenation", (1, 4200, 1050, 1, 512), "sorted"),
+        # 2**18 pairs of a sample, and some more
+        ("embedded_gaussian", (3, 512, 512, 8, 8), "textbook"),
+        ("embedded_gaussian", (3, 512, 513, 8, 8), "fused"),
+        ("concatenation", (3, 512, 512, 1, 8), "textbook"),
+        ("concatenation", (3, 512, 513, 1, 8), "sorted"),
         # keypoint head, 100 RoIs; C = 512
         ("embedded_gaussian", (100, 196, 196, 256, 256), "textbook"),
         ("gaussian", (100, 196, 196, 512, 256), "textbook"),
