@@ -103,33 +103,6 @@ def network_input(predictor: engine.DefaultPredictor, image: np.ndarray) -> dict
     return {"image": pixels, "height": height, "width": width}
 
 
-def argument_parser(epilog: str) -> argparse.ArgumentParser:
-    """Stock arguments and ours."""
-    parser = engine.default_argument_parser(epilog)
-    parser.add_argument(
-        "--num-processes", type=int, dest="num_gpus", help="--num-gpus, by the name it has on CPU"
-    )
-    for split in ("train", "test"):
-        parser.add_argument(f"--{split}-json", help=f"your COCO annotations to {split} on")
-        parser.add_argument(f"--{split}-images", help=f"the image folder of --{split}-json")
-    parser.add_argument(
-        "--may-lack",
-        action="append",
-        default=[],
-        metavar="PREFIX",
-        help="a part of the model to start from scratch, such as roi_heads.box_predictor; all else "
-        "but non-local blocks must be in the checkpoint; may be given several times",
-    )
-    parser.add_argument(
-        "--allow-partial",
-        action="append_const",
-        dest="may_lack",
-        const="",
-        help="accept a checkpoint that lacks anything",
-    )
-    return parser
-
-
 def setup(args: argparse.Namespace) -> CfgNode:
     """Build the config from the arguments, and set up logging and seeds as detectron2 does."""
     try:

@@ -11,6 +11,7 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "tools"))  # where a script finds the others of its folder
 QUICK = ROOT / "configs" / "quick_schedules"
 # A detector as small as it gets, on images of one size
 TINY = """

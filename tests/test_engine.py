@@ -10,8 +10,8 @@ import torch
 from detectron2.data import DatasetMapper
 from PIL import Image
 
-from nl_detectron.engine import argument_parser, build_predictor, network_input, setup
-from tests.running import QUICK, own_data_arguments
+from nl_detectron.engine import build_predictor, network_input, setup
+from tests.running import QUICK, load_tool, own_data_arguments
 
 
 class TestBuildPredictor:
@@ -74,7 +74,7 @@ class TestSetup:
             config = QUICK / "keypoint_rcnn_R_18_NL_FPN_NLhead_overfit.yaml"
             words = ["--config-file", config, *arguments]
             words += ["OUTPUT_DIR", tmp_path, "TEST.KEYPOINT_OKS_SIGMAS", "(0.1,0.1)"]
-            args = argument_parser("").parse_args([str(word) for word in words])
+            args = load_tool("train_net").parse_args([str(word) for word in words])
             with pytest.raises(SystemExit, match=message):
                 setup(args)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+import re
 import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -17,6 +19,8 @@ from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 
 from nl_detectron import add_non_local_config
+from nl_detectron.config import load_config, stock_twin
+from nl_detectron.model_cost import Load, count
 from tests.generated_coco import write_coco
 from tests.running import QUICK, ROOT, TINY, load_tool, own_data_arguments, run
 
@@ -35,6 +39,24 @@ def coco(tmp_path_factory):
             name = f"annotations/{kind}_{split}.json"
             write_coco(images, name, num_images=2, categories=categories, keypoints=keypoints)
     return root
+
+
+TOOLS = ["ab", "analyze", "convert_weights", "overfit", "train_net"]
+SCRIPTS = [*(ROOT / "tools" / f"{name}.py" for name in TOOLS), ROOT / "projects/long_range/demo.py"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_help_imports_the_standard_library_alone(script):
+    """Without what takes seconds to import; and it shows the defaults."""
+    command = [sys.executable, "-X", "importtime", script, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    imported = re.findall(r"^import time:.*\| +(\w+)$", done.stderr, re.MULTILINE)
+    assert "argparse" in imported
+    assert {"torch", "numpy", "detectron2", "nl_detectron"}.isdisjoint(imported)
+    for option, default in {"--count": 8, "--num-gpus": 1, "--image-size": "800 1333"}.items():
+        if f"  {option} " in done.stdout:
+            (text,) = re.findall(rf"^  {option} [^-]*", done.stdout, re.MULTILINE)
+            assert f"(default: {default})" in " ".join(text.split())
 
 
 def metrics(output):
@@ -139,10 +161,20 @@ class TestTrainNet:
             moved += name in new and not torch.equal(value, new[name])
         assert moved > 50
 
-    def test_negative_period(self):
-        done = run("tools/train_net.py", "--health-period", "-1")
-        assert done.returncode != 0
-        assert "--health-period must be 0 or more, got -1" in done.stderr
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ([], "the following arguments are required: --config-file"),
+            (["--health-period", "-1"], "--health-period must be 0 or more, got -1"),
+        ],
+    )
+    def test_arguments(self, arguments, message, capsys):
+        if arguments:
+            arguments = ["--config-file", "a.yaml", *arguments]
+        with pytest.raises(SystemExit) as exit:
+            load_tool("train_net").parse_args(arguments)
+        assert exit.value.code == 2
+        assert message in capsys.readouterr().err
 
     def test_misspelt_key(self, own_data):
         arguments = own_data_arguments(own_data, "train")
@@ -175,20 +207,12 @@ def build_rpn(options, config):
 
 
 class TestAnalyze:
-    @pytest.fixture
-    def analyze(self):
-        return load_tool("analyze")
-
-    @pytest.fixture
-    def args(self):
-        return argparse.Namespace(image_size=(800, 1333), proposals=1000, detections=100)
-
     @pytest.mark.parametrize("name", ["R_50_NL_FPN_1x", "R_101_NL_FPN_3x", "X_152_32x8d_NL_FPN_1x"])
-    def test_one_block_in_mask_rcnn(self, analyze, args, name):
+    def test_one_block_in_mask_rcnn(self, name):
         """C = 1024, D = 512; 50 x 84 queries, 25 x 42 keys: the cost by hand."""
-        cfg = analyze.load_config(ROOT / f"configs/COCO-InstanceSegmentation/mask_rcnn_{name}.yaml")
-        stock, stock_gmac = analyze.count(analyze.stock_twin(cfg), args)
-        with_block, gmac = analyze.count(cfg, args)
+        cfg = load_config(ROOT / f"configs/COCO-InstanceSegmentation/mask_rcnn_{name}.yaml")
+        stock, stock_gmac = count(stock_twin(cfg), Load())
+        with_block, gmac = count(cfg, Load())
         queries, keys = 50 * 84, 25 * 42
         projections = 1024 * 512 * (2 * queries + 2 * keys)
         pairs = 2 * queries * keys * 512
@@ -197,25 +221,24 @@ class TestAnalyze:
         assert gmac / stock_gmac < 1.05
 
         cfg.MODEL.NON_LOCAL.NORM = "BN"
-        assert analyze.count(cfg, args)[0] - stock == 2_101_760
+        assert count(cfg, Load())[0] - stock == 2_101_760
 
-    def test_mask_head_is_counted_per_detection(self, analyze):
+    def test_mask_head_is_counted_per_detection(self):
         """Four 3x3 convolutions and a 2x2 deconvolution of 256 channels, 80 classes."""
         path = ROOT / "configs/COCO-InstanceSegmentation/mask_rcnn_R_50_NL_FPN_1x.yaml"
         few, many = (
-            argparse.Namespace(image_size=(64, 64), proposals=7, detections=detections)
-            for detections in (3, 5)
+            Load(image_size=(64, 64), proposals=7, detections=detections) for detections in (3, 5)
         )
-        cfg = analyze.load_config(path)
-        gmac = analyze.count(cfg, many)[1] - analyze.count(cfg, few)[1]
+        cfg = load_config(path)
+        gmac = count(cfg, many)[1] - count(cfg, few)[1]
         per_roi = 196 * 256 * 256 * (4 * 9 + 4) + 784 * 256 * 80
         assert gmac == pytest.approx(2 * per_roi / 1e9)
 
-    def test_roi_heads_are_counted_per_roi(self, analyze, args):
+    def test_roi_heads_are_counted_per_roi(self):
         """Four blocks at 14 x 14 with C = 512, D = 256, not subsampled."""
         path = ROOT / "configs/COCO-Keypoints/keypoint_rcnn_R_50_FPN_NLhead_1x.yaml"
-        cfg = analyze.load_config(path)
-        gmac = analyze.count(cfg, args)[1] - analyze.count(analyze.stock_twin(cfg), args)[1]
+        cfg = load_config(path)
+        gmac = count(cfg, Load())[1] - count(stock_twin(cfg), Load())[1]
         per_roi = 4 * 196 * 512 * 256 + 2 * 196 * 196 * 256
         assert gmac == pytest.approx(100 * 4 * per_roi / 1e9)
 

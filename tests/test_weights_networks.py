@@ -264,6 +264,9 @@ class TestTool:
 
         return run
 
+    def test_offers_all_dialects(self):
+        assert set(load_tool("convert_weights").LIBRARIES) == set(DIALECTS)
+
     def test_torchvision(self, run, tmp_path):
         state = torchvision.models.resnet18().state_dict()
         torch.save(state, tmp_path / "in.pth")

@@ -16,16 +16,31 @@ import argparse
 import json
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from detectron2.utils import comm
+from train_net import argument_parser
 
-from nl_detectron.config import stock_twin
-from nl_detectron.engine import argument_parser, launch, setup
-from nl_detectron.twins import LABELS, Run, ap_table, draw_losses, train_twin
+if TYPE_CHECKING:
+    from nl_detectron.twins import Run
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments of tools/train_net.py, but for two that have no meaning here."""
+    parser = argument_parser(__doc__)
+    args = parser.parse_args(argv)
+    if args.resume or args.eval_only:
+        parser.error("--resume and --eval-only: both twins are trained from the start")
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
     """Train both twins and compare; runs in every process."""
+    from detectron2.utils import comm
+
+    from nl_detectron.config import stock_twin
+    from nl_detectron.engine import setup
+    from nl_detectron.twins import LABELS, train_twin
+
     cfg = setup(args)
     configs = dict(zip(LABELS, (stock_twin(cfg), cfg.clone())))
     if configs["stock"] == cfg:
@@ -46,6 +61,8 @@ def main(args: argparse.Namespace) -> None:
 
 def report(runs: dict[str, Run], output: Path) -> None:
     """Write and print the comparison."""
+    from nl_detectron.twins import LABELS, ap_table, draw_losses
+
     stock, non_local = runs.values()
     difference = {task: non_local.ap[task] - ap for task, ap in stock.ap.items()}
     aps = {**{twin: run.ap for twin, run in runs.items()}, "difference": difference}
@@ -79,14 +96,8 @@ def report(runs: dict[str, Run], output: Path) -> None:
     print(f"\n{output / 'losses.png'}\n{output / 'ab.json'}")
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The arguments of tools/train_net.py, but for two that have no meaning here."""
-    parser = argument_parser(__doc__)
-    args = parser.parse_args(argv)
-    if args.resume or args.eval_only:
-        parser.error("--resume and --eval-only: both twins are trained from the start")
-    return args
-
-
 if __name__ == "__main__":
-    launch(main, parse_args())
+    args = parse_args()
+    from nl_detectron.engine import launch
+
+    launch(main, args)

@@ -48,11 +48,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True)
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML config")
     parser.add_argument("--json", type=Path, required=True, help="COCO annotations")
     parser.add_argument("--images", required=True, help="image folder of --json")
-    parser.add_argument("--count", type=int, default=8, help="number of images")
-    parser.add_argument("--max-objects", type=int, default=10, help="per image, to keep it short")
+    parser.add_argument(
+        "--count", type=int, default=8, help="number of images (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-objects",
+        type=int,
+        default=10,
+        help="of an image, to keep it short (default: %(default)s)",
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
     args = parser.parse_args()
     try:

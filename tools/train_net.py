@@ -1,8 +1,8 @@
 """Train or evaluate on COCO-format data; detectron2's own train_net, without its blind spots.
 
 Beyond the stock script: the device is chosen where CUDA is absent, several CPU processes train,
-TEST.KEYPOINT_OKS_SIGMAS counts, a person's own COCO files come from the command line, and a
-checkpoint that would leave part of the network untrained is refused.
+TEST.KEYPOINT_OKS_SIGMAS counts, custom COCO files come from the command line, and a checkpoint that
+would leave part of the network untrained is refused.
 
     python tools/train_net.py --num-gpus 8 \\
         --config-file configs/COCO-InstanceSegmentation/mask_rcnn_R_50_NL_FPN_1x.yaml
@@ -11,18 +11,88 @@ checkpoint that would leave part of the network untrained is refused.
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
-from detectron2.evaluation import verify_results
-from detectron2.utils import comm
 
-from nl_detectron.checkpoint import StrictCheckpointer
-from nl_detectron.engine import Trainer, argument_parser, launch, setup
-from nl_detectron.health import BlockHealthHook
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """The arguments of detectron2's train_net, and ours."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML config")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoint in OUTPUT_DIR, if there is one",
+    )
+    parser.add_argument("--eval-only", action="store_true", help="evaluate, do not train")
+    parser.add_argument(
+        "--num-gpus", type=int, default=1, help="GPUs on each machine (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num-processes", type=int, dest="num_gpus", help="--num-gpus, by the name it has on CPU"
+    )
+    parser.add_argument("--num-machines", type=int, default=1, help="(default: %(default)s)")
+    parser.add_argument(
+        "--machine-rank", type=int, default=0, help="of this machine (default: %(default)s)"
+    )
+    # A port for each user, as in detectron2: a second run of the same user says that it is taken.
+    port = 2**15 + 2**14 + hash(os.getuid() if hasattr(os, "getuid") else 1) % 2**14
+    parser.add_argument(
+        "--dist-url",
+        default=f"tcp://127.0.0.1:{port}",
+        help="where processes meet; on one machine, auto finds a free port (default: %(default)s)",
+    )
+    for split in ("train", "test"):
+        parser.add_argument(f"--{split}-json", help=f"custom COCO annotations to {split} on")
+        parser.add_argument(f"--{split}-images", help=f"the image folder of --{split}-json")
+    parser.add_argument(
+        "--may-lack",
+        action="append",
+        default=[],
+        metavar="PREFIX",
+        help="a part of the model to start from scratch, such as roi_heads.box_predictor; all else "
+        "but non-local blocks must be in the checkpoint; may be given several times",
+    )
+    parser.add_argument(
+        "--allow-partial",
+        action="append_const",
+        dest="may_lack",
+        const="",
+        help="accept a checkpoint that lacks anything",
+    )
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, help="config keys and values, such as SOLVER.BASE_LR 0.01"
+    )
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments, without importing what takes seconds to import."""
+    parser = argument_parser(__doc__)
+    parser.add_argument(
+        "--health-period",
+        type=int,
+        default=0,
+        metavar="N",
+        help="log every N iterations what the non-local blocks do; 0 is off (default: %(default)s)",
+    )
+    args = parser.parse_args(argv)
+    if args.health_period < 0:
+        parser.error(f"--health-period must be 0 or more, got {args.health_period}")
+    return args
 
 
 def main(args: argparse.Namespace) -> Any:
     """Train or evaluate; runs in every process."""
+    from detectron2.evaluation import verify_results
+    from detectron2.utils import comm
+
+    from nl_detectron.checkpoint import StrictCheckpointer
+    from nl_detectron.engine import Trainer, setup
+    from nl_detectron.health import BlockHealthHook
+
     cfg = setup(args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
@@ -40,15 +110,7 @@ def main(args: argparse.Namespace) -> Any:
 
 
 if __name__ == "__main__":
-    parser = argument_parser(__doc__)
-    parser.add_argument(
-        "--health-period",
-        type=int,
-        default=0,
-        metavar="N",
-        help="log every N iterations what the non-local blocks do; 0 is off",
-    )
-    args = parser.parse_args()
-    if args.health_period < 0:
-        parser.error(f"--health-period must be 0 or more, got {args.health_period}")
+    args = parse_args()
+    from nl_detectron.engine import launch
+
     launch(main, args)

@@ -10,27 +10,26 @@ import logging
 import time
 from pathlib import Path
 
-from long_range.dataset import SPLIT_SIZES, register, write_dataset
-from long_range.pictures import draw_figure
-from long_range.twins import Trainer, twin_config
-
-from nl_detectron.twins import LABELS, ap_table, draw_losses, train_twin
-
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=0, help="for data, weights and order")
-    parser.add_argument("--output", type=Path, default=Path("output/long_range"))
+    parser.add_argument("--output", type=Path, default=Path("output/long_range"), help="folder")
     parser.add_argument("--budget", type=float, default=1.0, help="iterations, times the config's")
-    parser.add_argument("--only", choices=LABELS, help="train one twin, not both")
+    parser.add_argument("--only", choices=("stock", "non_local"), help="train one twin, not both")
     parser.add_argument("--keypoints", action="store_true", help="which end of a bar is its head?")
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_args()
+def main(args: argparse.Namespace) -> None:
+    from long_range.dataset import SPLIT_SIZES, register, write_dataset
+    from long_range.pictures import draw_figure
+    from long_range.twins import Trainer, twin_config
+
+    from nl_detectron.twins import LABELS, ap_table, draw_losses, train_twin
+
     kind = "keypoints" if args.keypoints else "instances"
     seed_folder = args.output / f"seed{args.seed}"
     folder = seed_folder / f"{kind}_x{args.budget:g}"
@@ -69,4 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_args())
