@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling.backbone import FPN
 from torch import nn
 
+from nl_detectron.metadata import write_metadata
 from nl_detectron.non_local import NonLocalBlock
 
 _RESIDUAL_BLOCK = re.compile(r"\b(?P<stage>res\d)\.\d+\.")
@@ -31,6 +32,7 @@ class StrictCheckpointer(DetectionCheckpointer):
         *,
         may_lack: Sequence[str] = (),
         complete: bool = False,
+        metadata: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ):
         """Create the checkpointer.
@@ -42,11 +44,21 @@ class StrictCheckpointer(DetectionCheckpointer):
                 their initial values on purpose; "" stands for all.
             complete: for a model that is used without being trained: refuse a backbone alone, too,
                 and all that the model has no place for.
+            metadata: goes into every checkpoint that is saved, and into a file beside them; see
+                :func:`nl_detectron.metadata.dataset_metadata`.
             kwargs: as in ``DetectionCheckpointer``.
         """
         super().__init__(model, save_dir, **kwargs)
         self.may_lack = tuple(may_lack)
         self.complete = complete
+        self.metadata = metadata
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Save the model, what goes with it, and the metadata."""
+        if self.metadata and self.save_dir and self.save_to_disk:
+            write_metadata(self.save_dir, self.metadata)
+            kwargs["metadata"] = dict(self.metadata)
+        super().save(name, **kwargs)
 
     def _load_model(self, checkpoint: Any) -> Any:
         incompatible = super()._load_model(checkpoint)

@@ -71,7 +71,10 @@ def register_coco_files(name: str, json_file: str, image_dir: str) -> None:
         raise ValueError(f"data set {name!r}: categories with different keypoints: {keypoints}")
 
     categories = sorted(categories, key=lambda category: category["id"])
-    metadata = {"thing_classes": [category["name"] for category in categories]}
+    metadata = {
+        "thing_classes": [category["name"] for category in categories],
+        "thing_dataset_id_to_contiguous_id": {c["id"]: i for i, c in enumerate(categories)},
+    }
     for keypoint_names in keypoints:
         metadata["keypoint_names"] = list(keypoint_names)
         # For pictures alone, so a line to a keypoint that is not there is no reason to stop.

@@ -31,6 +31,7 @@ from detectron2.utils.logger import setup_logger
 from nl_detectron.checkpoint import StrictCheckpointer
 from nl_detectron.coco_files import use_coco_files
 from nl_detectron.config import load_config
+from nl_detectron.metadata import dataset_metadata
 
 logger = logging.getLogger("nl_detectron")
 
@@ -45,10 +46,14 @@ class Trainer(engine.DefaultTrainer):
 
     def build_hooks(self) -> list:
         """Stock hooks, in the last step of ``__init__`` and the first that needs a checkpointer."""
+        metadata = dataset_metadata(self.cfg.DATASETS.TRAIN[0])
+        if self.cfg.MODEL.KEYPOINT_ON and self.cfg.TEST.KEYPOINT_OKS_SIGMAS:
+            metadata["keypoint_oks_sigmas"] = list(self.cfg.TEST.KEYPOINT_OKS_SIGMAS)
         self.checkpointer = StrictCheckpointer(
             self._trainer.model,
             self.cfg.OUTPUT_DIR,
             may_lack=self.may_lack,
+            metadata=metadata,
             trainer=weakref.proxy(self),
         )
         return super().build_hooks()

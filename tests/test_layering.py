@@ -20,7 +20,7 @@ CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 # A module imports only from layers before its own.
 LAYERS = [
-    ["paths", "config", "cells", "coco_files", "flops", "frames"],
+    ["paths", "config", "cells", "coco_files", "flops", "frames", "metadata"],
     ["ops", "pictures"],
     ["non_local"],
     ["backbone", "keypoint_head", "checkpoint", "attention", "cost"],

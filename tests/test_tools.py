@@ -133,7 +133,12 @@ class TestTrainNet:
             assert {"bbox/AP", "keypoints/AP"} <= set(logged)
             assert logged["non_local/backbone.bottom_up.res4.non_local0/residual_ratio"] > 0
         assert "Starting training from iteration 2" in done.stdout + done.stderr
-        model = torch.load(tmp_path / "model_final.pth", weights_only=False)["model"]
+        checkpoint = torch.load(tmp_path / "model_final.pth", weights_only=True)
+        assert checkpoint["metadata"]["keypoint_oks_sigmas"] == [0.1, 0.1]
+        assert checkpoint["metadata"]["thing_classes"] == ["bar"]
+        assert checkpoint["metadata"]["category_ids"] == [3]
+        assert json.loads((tmp_path / "metadata.json").read_text()) == checkpoint["metadata"]
+        model = checkpoint["model"]
         assert model["roi_heads.box_predictor.cls_score.weight"].shape[0] == 1 + 1
         assert model["roi_heads.keypoint_head.score_lowres.weight"].shape[1] == 2
 
