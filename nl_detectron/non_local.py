@@ -28,6 +28,19 @@ _CONV_FUNCTION = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 
+class FlatBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm of a map whose positions are one axis, (N, C, P).
+
+    PyTorch's batch norm on a CPU (2.15) may take a 4-D or 5-D map with an axis of length 1 for one of
+    another memory layout; its gradients are then wrong, and nothing says so. A 3-D map has one
+    layout. The class remains a ``BatchNorm2d`` for detectron2's ``freeze()``.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() != 3:
+            raise ValueError(f"expected a map (N, C, P), got shape {tuple(input.shape)}")
+
+
 class NonLocalBlock(CNNBlockBase):
     """Non-local block: a bottleneck around the non-local operation, and a residual connection.
 
@@ -123,7 +136,7 @@ class NonLocalBlock(CNNBlockBase):
         if pairwise == "concatenation":
             self.concat_project = conv(2 * inner_channels, 1, 1, bias=False)
         self.conv_out = conv(inner_channels, in_channels, 1)
-        self.norm = get_norm(norm, in_channels)
+        self.norm = get_norm(FlatBatchNorm2d if norm == "BN" else norm, in_channels)
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -196,8 +209,7 @@ class NonLocalBlock(CNNBlockBase):
             bias = norm.bias + (conv.bias - norm.running_mean) * factor
             return _CONV_FUNCTION[self.dim](y, weight, bias)
         out = conv(y)
-        # As (N, C, P, 1) every map is right for detectron2's 2-D norms, and for its freeze().
-        return norm(out.flatten(2).unsqueeze(-1)).view_as(out)
+        return norm(out.flatten(2).contiguous()).view_as(out)
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
         """Map -> rows theta (N, Q, D), phi (N, K, D), g (N, K, D), and w_f of concatenation.

@@ -99,3 +99,82 @@ def block(
         theta_i = theta[(n, slice(None), *i)]
         y[(n, slice(None), *i)] = response(theta_i, phi_i, g_i, pairwise, scale, w_f)
     return x + conv(y, weights["conv_out.weight"], weights["conv_out.bias"])
+
+
+def plain_block(
+    x: Tensor,
+    weights: dict[str, Tensor],
+    pairwise: str,
+    scale=True,
+    subsample=1,
+    subsample_position="before_conv",
+    axes="spacetime",
+    norm="",
+    training=False,
+) -> Tensor:
+    """:func:`block` as tensor products, for its gradients by autograd; with the norm after W_z.
+
+    Every tensor is made contiguous: layouts are the business of the code under test.
+    """
+
+    def conv(name: str, x: Tensor) -> Tensor:
+        bias = weights[f"{name}.bias"].view(-1, *[1] * (x.dim() - 2))
+        return torch.einsum("dc,nc...->nd...", weights[f"{name}.weight"].flatten(1), x) + bias
+
+    def pool(x: Tensor) -> Tensor:
+        for axis in range(3 if x.dim() == 5 else 2, x.dim()):
+            stride = min(subsample, x.shape[axis])
+            whole = x.narrow(axis, 0, x.shape[axis] // stride * stride)
+            x = whole.unflatten(axis, (-1, stride)).amax(axis + 1)
+        return x
+
+    def rows(x: Tensor) -> Tensor:
+        """(sets of positions that see each other, positions, channels)"""
+        x = x.movedim(1, -1)  # N [T] H W C
+        if axes == "space":
+            x = x.flatten(0, 1)
+        elif axes == "time":
+            x = x.movedim(1, 3).flatten(0, 2)
+        return x.flatten(1, -2).contiguous()
+
+    x = x.contiguous()
+    embed = (lambda name, x: x) if pairwise == "gaussian" else conv
+    if subsample_position == "before_conv":
+        phi, g = embed("phi", pool(x)), conv("g", pool(x))
+    else:
+        phi, g = pool(embed("phi", x)), pool(conv("g", x))
+    theta, phi, g = rows(embed("theta", x)), rows(phi), rows(g)
+    if pairwise == "concatenation":
+        w_theta, w_phi = weights["concat_project.weight"].flatten().chunk(2)
+        f = ((theta @ w_theta)[:, :, None] + (phi @ w_phi)[:, None, :]).relu() / g.shape[1]
+    elif pairwise == "dot_product":
+        f = theta @ phi.transpose(1, 2) / g.shape[1]
+    else:
+        factor = theta.shape[2] ** -0.5 if scale and pairwise == "embedded_gaussian" else 1
+        f = (theta @ phi.transpose(1, 2) * factor).exp()
+        f = f / f.sum(dim=2, keepdim=True)
+    y, size = f @ g, x.shape[2:]
+    if axes == "time":
+        y = y.view(x.shape[0], *size[1:], size[0], -1).movedim(3, 1).movedim(-1, 1)
+    else:
+        y = y.view(x.shape[0], *size, -1).movedim(-1, 1)
+    w_y = conv("conv_out", y.contiguous())
+    if norm:
+        w_y = plain_norm(w_y, weights, norm, training)
+    return x + w_y
+
+
+def plain_norm(x: Tensor, weights: dict[str, Tensor], norm: str, training: bool) -> Tensor:
+    """(x - mean) / sqrt(var + 1e-5) * weight + bias; GN has 32 groups."""
+    per_channel = (1, -1, *[1] * (x.dim() - 2))
+    if norm == "GN":
+        groups = x.reshape(x.shape[0], 32, -1)
+        mean, var = groups.mean(2, keepdim=True), groups.var(2, correction=0, keepdim=True)
+        out = ((groups - mean) / (var + 1e-5).sqrt()).view_as(x)
+    else:
+        axes = [0, *range(2, x.dim())]
+        mean, var = weights["norm.running_mean"], weights["norm.running_var"]
+        if training:
+            mean, var = x.mean(axes), x.var(axes, correction=0)
+        out = (x - mean.view(per_channel)) / (var.view(per_channel) + 1e-5).sqrt()
+    return out * weights["norm.weight"].view(per_channel) + weights["norm.bias"].view(per_channel)
