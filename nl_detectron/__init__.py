@@ -1,9 +1,13 @@
 """Non-local Neural Networks for detectron2: backbones, a keypoint head, and the block itself."""
 
+from nl_detectron.console import quiet_detectron2
+
 # First of all: if DETECTRON2_ENV_MODULE names this package, importing detectron2 calls back into
 # it, and the modules below must find a whole detectron2. Here its absence is told in one sentence.
 try:
-    import detectron2  # noqa: F401
+    with quiet_detectron2():
+        import detectron2
+        import detectron2.modeling
 except ModuleNotFoundError as error:
     if error.name != "detectron2":
         raise
@@ -35,5 +39,7 @@ __all__ = [
     "build_non_local_retinanet_resnet_fpn_backbone",
     "insert_non_local_blocks",
 ]
+
+del detectron2, quiet_detectron2  # not names of this package
 
 __version__ = "0.1.0"

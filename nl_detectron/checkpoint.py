@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -59,6 +60,27 @@ class StrictCheckpointer(DetectionCheckpointer):
             write_metadata(self.save_dir, self.metadata)
             kwargs["metadata"] = dict(self.metadata)
         super().save(name, **kwargs)
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load a checkpoint.
+
+        Raises:
+            ValueError: it is not there, cannot be read, or is not of this model.
+        """
+        try:
+            return super().load(path, *args, **kwargs)
+        except (AssertionError, OSError, ValueError) as error:  # no such file is an AssertionError
+            raise ValueError(f"weights {path}: {error}") from error
+
+    def _load_file(self, filename: str) -> Any:
+        try:
+            return super()._load_file(filename)
+        except OSError:
+            raise
+        except pickle.UnpicklingError as error:
+            raise ValueError("this file does not hold tensors alone") from error
+        except Exception as error:  # broken files raise all sorts
+            raise ValueError(f"this file cannot be read as a checkpoint: {error!r}") from error
 
     def _load_model(self, checkpoint: Any) -> Any:
         incompatible = super()._load_model(checkpoint)

@@ -11,15 +11,13 @@ import argparse
 import functools
 import logging
 import os
-import pickle
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from detectron2 import engine
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -42,7 +40,8 @@ class Trainer(engine.DefaultTrainer):
     def __init__(self, cfg: CfgNode, may_lack: Sequence[str] = ()):
         """See ``DefaultTrainer``; ``may_lack`` as in :class:`StrictCheckpointer`."""
         self.may_lack = may_lack
-        super().__init__(cfg)
+        with _ddp_on(cfg.MODEL.DEVICE):
+            super().__init__(cfg)
 
     def build_hooks(self) -> list:
         """Stock hooks, in the last step of ``__init__`` and the first that needs a checkpointer."""
@@ -85,16 +84,9 @@ def build_predictor(cfg: CfgNode, weights: str | None = None) -> engine.DefaultP
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.WEIGHTS = ""  # stock would load any, whatever they lack
-    try:
+    with model_errors():
         predictor = engine.DefaultPredictor(cfg)
-    except KeyError as error:
-        raise ValueError(f"no model can be built: {error.args[0]}") from error
-    try:
-        StrictCheckpointer(predictor.model, complete=True).load(weights)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"weights {weights}: this file does not hold tensors alone") from error
-    except Exception as error:  # broken files raise all sorts
-        raise ValueError(f"weights {weights}: {error}") from error
+    StrictCheckpointer(predictor.model, complete=True).load(weights)
     return predictor
 
 
@@ -108,35 +100,27 @@ def network_input(predictor: engine.DefaultPredictor, image: np.ndarray) -> dict
     return {"image": pixels, "height": height, "width": width}
 
 
-def setup(args: argparse.Namespace) -> CfgNode:
-    """Build the config from the arguments, and set up logging and seeds as detectron2 does."""
-    try:
-        cfg = load_config(args.config_file, args.opts)
-        _use_own_data(cfg, args)
-        _check_data(cfg)
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+def read_config(args: argparse.Namespace) -> CfgNode:
+    """Build the config from the arguments of a tool, and register their data sets.
+
+    Raises:
+        FileNotFoundError: a file that is not there.
+        ValueError: anything else that is wrong with them.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    _use_own_data(cfg, args)
+    _check_data(cfg)
     cfg.freeze()
-    engine.default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="nl_detectron")
-    logger.info("Device: %s", cfg.MODEL.DEVICE)
-    if cfg.MODEL.DEVICE == "cpu":
-        # The stock call hands the local rank to DDP as a GPU number, which DDP refuses on CPU.
-        engine.defaults.create_ddp_model = functools.partial(
-            engine.defaults.create_ddp_model, device_ids=None
-        )
     return cfg
 
 
-def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
-    """Run ``main(args)`` in as many processes as the arguments ask for, on GPUs or on the CPU."""
-    newer_than_0_6 = hasattr(comm, "create_local_process_group")
-    if args.num_gpus == 1 or torch.cuda.is_available() or newer_than_0_6:
-        engine.launch(
-            main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,)
-        )
-    else:
-        mp.start_processes(_cpu_worker, args=(main, args), nprocs=args.num_gpus)
+def setup(args: argparse.Namespace) -> CfgNode:
+    """Read the config, and set up logging and seeds as detectron2 does; in every process."""
+    cfg = read_config(args)
+    engine.default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="nl_detectron")
+    logger.info("Device: %s", cfg.MODEL.DEVICE)
+    return cfg
 
 
 def _use_own_data(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -185,11 +169,26 @@ def _check_data(cfg: CfgNode) -> None:
                 )
 
 
-def _cpu_worker(
-    rank: int, main: Callable[[argparse.Namespace], Any], args: argparse.Namespace
-) -> None:
-    """Do what detectron2's worker does, for 0.6, which knows NCCL alone."""
-    dist.init_process_group("gloo", args.dist_url, rank=rank, world_size=args.num_gpus)
-    comm._LOCAL_PROCESS_GROUP = dist.new_group(list(range(args.num_gpus)))
-    comm.synchronize()
-    main(args)
+@contextmanager
+def model_errors() -> Iterator[None]:
+    """Report a config that no model can be built from as a ``ValueError``."""
+    try:
+        yield
+    except (AssertionError, KeyError) as error:  # KeyError: a name that no registry knows
+        raise ValueError(f"no model can be built from the config: {error!r}") from error
+
+
+@contextmanager
+def _ddp_on(device: str) -> Iterator[None]:
+    """Within, ``DefaultTrainer`` can prepare a model on the CPU for several processes, too.
+
+    It hands the local rank to ``DistributedDataParallel`` as a GPU number, which is refused there,
+    and leaves no other place to say so than the function that it calls.
+    """
+    stock = engine.defaults.create_ddp_model
+    if device == "cpu":
+        engine.defaults.create_ddp_model = functools.partial(stock, device_ids=None)
+    try:
+        yield
+    finally:
+        engine.defaults.create_ddp_model = stock

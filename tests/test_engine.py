@@ -10,7 +10,7 @@ import torch
 from detectron2.data import DatasetMapper
 from PIL import Image
 
-from nl_detectron.engine import build_predictor, network_input, setup
+from nl_detectron.engine import build_predictor, network_input, read_config
 from tests.running import QUICK, load_tool, own_data_arguments
 
 
@@ -67,7 +67,7 @@ def test_network_input_is_that_of_the_evaluation(small_cfg, tmp_path, channels):
     assert (inputs["height"], inputs["width"]) == (37, 53)
 
 
-class TestSetup:
+class TestReadConfig:
     @pytest.fixture
     def refuse(self, tmp_path):
         def refuse(message, *arguments):
@@ -75,8 +75,8 @@ class TestSetup:
             words = ["--config-file", config, *arguments]
             words += ["OUTPUT_DIR", tmp_path, "TEST.KEYPOINT_OKS_SIGMAS", "(0.1,0.1)"]
             args = load_tool("train_net").parse_args([str(word) for word in words])
-            with pytest.raises(SystemExit, match=message):
-                setup(args)
+            with pytest.raises(ValueError, match=message):
+                read_config(args)
 
         return refuse
 

@@ -20,12 +20,12 @@ CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 # A module imports only from layers before its own.
 LAYERS = [
-    ["paths", "config", "cells", "coco_files", "flops", "frames", "metadata"],
+    ["console", "paths", "config", "cells", "coco_files", "flops", "frames", "metadata"],
     ["ops", "pictures"],
     ["non_local"],
     ["backbone", "keypoint_head", "checkpoint", "attention", "cost"],
     ["engine", "health", "model_cost", "config_blocks"],
-    ["twins"],
+    ["twins", "launch"],
     ["__init__"],
     ["env"],
 ]
@@ -97,8 +97,10 @@ def test_hook_imports_nothing_before_it_is_called():
 
 def test_detectron2_is_imported_first():
     path = PACKAGE / "__init__.py"
-    docstring, first, *_ = ast.parse(path.read_text(encoding="utf-8")).body
-    assert list(imports(path, first)) == ["detectron2"]
+    docstring, console, first, *_ = ast.parse(path.read_text(encoding="utf-8")).body
+    assert list(imports(path, console)) == ["nl_detectron.console"]
+    assert packages(PACKAGE / "console.py") <= sys.stdlib_module_names
+    assert list(imports(path, first)) == ["detectron2", "detectron2.modeling"]
 
 
 def test_projects_do_not_import_each_other():

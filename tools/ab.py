@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,12 @@ from typing import TYPE_CHECKING
 from train_net import argument_parser
 
 if TYPE_CHECKING:
+    from detectron2.config import CfgNode
+    from torch import nn
+
     from nl_detectron.twins import Run
+
+logger = logging.getLogger("nl_detectron.ab")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -33,6 +39,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def check(args: argparse.Namespace, cfg: CfgNode, model: nn.Module) -> None:
+    """Refuse a config without blocks."""
+    from nl_detectron.config import stock_twin
+
+    if stock_twin(cfg) == cfg:
+        raise ValueError(
+            f"{args.config_file} has no blocks to leave out: MODEL.BACKBONE.NAME is "
+            f"{cfg.MODEL.BACKBONE.NAME}, MODEL.ROI_KEYPOINT_HEAD.NAME is "
+            f"{cfg.MODEL.ROI_KEYPOINT_HEAD.NAME}"
+        )
+
+
 def main(args: argparse.Namespace) -> None:
     """Train both twins and compare; runs in every process."""
     from detectron2.utils import comm
@@ -42,15 +60,10 @@ def main(args: argparse.Namespace) -> None:
     from nl_detectron.twins import LABELS, train_twin
 
     cfg = setup(args)
-    configs = dict(zip(LABELS, (stock_twin(cfg), cfg.clone())))
-    if configs["stock"] == cfg:
-        raise SystemExit(
-            f"{args.config_file} has no blocks to leave out: MODEL.BACKBONE.NAME is "
-            f"{cfg.MODEL.BACKBONE.NAME}, MODEL.ROI_KEYPOINT_HEAD.NAME is "
-            f"{cfg.MODEL.ROI_KEYPOINT_HEAD.NAME}"
-        )
     runs = {}
-    for twin, twin_cfg in configs.items():
+    for number, twin in enumerate(LABELS, start=1):
+        logger.info("Training %d of %d: %s", number, len(LABELS), LABELS[twin])
+        twin_cfg = stock_twin(cfg) if twin == "stock" else cfg.clone()
         twin_cfg.defrost()
         twin_cfg.SEED = max(cfg.SEED, 0)
         twin_cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR) / twin)
@@ -98,6 +111,6 @@ def report(runs: dict[str, Run], output: Path) -> None:
 
 if __name__ == "__main__":
     args = parse_args()
-    from nl_detectron.engine import launch
+    from nl_detectron.launch import launch
 
-    launch(main, args)
+    launch(main, args, check)

@@ -12,7 +12,23 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
+    from torch import nn
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """Return a type of argument."""
+
+    def parse(text: str) -> int:
+        if not text.lstrip("-").isdigit() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"must be {minimum} or more, got {text}")
+        return int(text)
+
+    return parse
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
@@ -27,15 +43,26 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
         help="go on from the last checkpoint in OUTPUT_DIR, if there is one",
     )
     parser.add_argument("--eval-only", action="store_true", help="evaluate, do not train")
-    parser.add_argument(
-        "--num-gpus", type=int, default=1, help="GPUs on each machine (default: %(default)s)"
+    processes = parser.add_mutually_exclusive_group()
+    processes.add_argument(
+        "--num-gpus",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="GPUs on each machine (default: %(default)s)",
+    )
+    processes.add_argument(
+        "--num-processes", type=at_least(1), metavar="N", help="the same where there is no GPU"
     )
     parser.add_argument(
-        "--num-processes", type=int, dest="num_gpus", help="--num-gpus, by the name it has on CPU"
+        "--num-machines", type=at_least(1), default=1, metavar="N", help="(default: %(default)s)"
     )
-    parser.add_argument("--num-machines", type=int, default=1, help="(default: %(default)s)")
     parser.add_argument(
-        "--machine-rank", type=int, default=0, help="of this machine (default: %(default)s)"
+        "--machine-rank",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="of this machine (default: %(default)s)",
     )
     # A port for each user, as in detectron2: a second run of the same user says that it is taken.
     port = 2**15 + 2**14 + hash(os.getuid() if hasattr(os, "getuid") else 1) % 2**14
@@ -73,15 +100,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
     parser.add_argument(
         "--health-period",
-        type=int,
+        type=at_least(0),
         default=0,
         metavar="N",
         help="log every N iterations what the non-local blocks do; 0 is off (default: %(default)s)",
     )
-    args = parser.parse_args(argv)
-    if args.health_period < 0:
-        parser.error(f"--health-period must be 0 or more, got {args.health_period}")
-    return args
+    return parser.parse_args(argv)
+
+
+def check(args: argparse.Namespace, cfg: CfgNode, model: nn.Module) -> None:
+    """Refuse a model without blocks whose health should be logged."""
+    from nl_detectron.attention import find_blocks
+
+    if args.health_period:
+        find_blocks(model)
 
 
 def main(args: argparse.Namespace) -> Any:
@@ -111,6 +143,6 @@ def main(args: argparse.Namespace) -> Any:
 
 if __name__ == "__main__":
     args = parse_args()
-    from nl_detectron.engine import launch
+    from nl_detectron.launch import launch
 
-    launch(main, args)
+    launch(main, args, check)
