@@ -170,7 +170,7 @@ class TestTrainNet:
         ("arguments", "message"),
         [
             ([], "the following arguments are required: --config-file"),
-            (["--health-period", "-1"], "--health-period must be 0 or more, got -1"),
+            (["--health-period", "-1"], "argument --health-period: must be 0 or more, got -1"),
         ],
     )
     def test_arguments(self, arguments, message, capsys):
