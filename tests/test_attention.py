@@ -15,7 +15,7 @@ from nl_detectron import NonLocalBlock, ops
 from nl_detectron.attention import attention_map, find_blocks, record_attention, stride_of
 from nl_detectron.cells import CellGrid
 from nl_detectron.engine import network_input
-from tests import planted
+from tests import oracles, planted
 
 C = 6
 MAPS = {1: (7,), 2: (5, 7), 3: (3, 5, 7)}
@@ -89,9 +89,9 @@ class TestRecordAttention:
         assert recordings["0"].inputs == []
 
     def test_input_that_is_overwritten_later(self):
-        model = nn.Sequential(make(), nn.Hardtanh(inplace=True))
+        model = nn.Sequential(make(pairwise="gaussian"), nn.Hardtanh(inplace=True))
         x = torch.randn(1, C, 5, 7)
-        expected = model[0].attention(x)[0, 10]
+        expected = torch.softmax(x[0, :, 1, 3] @ x[0].flatten(1), dim=0)
         with record_attention(model) as recordings:
             model(x)
             x.zero_()
@@ -124,16 +124,17 @@ CASES = [
 @pytest.mark.parametrize(("dim", "axes", "subsample"), CASES)
 @pytest.mark.parametrize("pairwise", ops.PAIRWISE)
 def test_attention_is_the_rows_of_the_matrix(pairwise, dim, axes, subsample):
-    """From every query's map, the output: the map weighs g, all else is the block's own."""
-    block = make(pairwise=pairwise, dim=dim, axes=axes, subsample=subsample)
-    x = torch.randn(2, C, *MAPS[dim])
+    """What the maps of all queries weigh out of g is Eq. 1, and with it the loops' result."""
+    block = make(pairwise=pairwise, dim=dim, axes=axes, subsample=subsample).double()
+    x = torch.randn(2, C, *MAPS[dim], dtype=torch.float64)
     recording = record(block, x)
     pool = getattr(F, f"max_pool{dim}d")
     g = block.g(pool(x, [1, subsample, subsample] if dim == 3 else subsample))
-    y = torch.empty(2, block.inner_channels, *MAPS[dim])
+    y = x.new_empty(2, block.inner_channels, *MAPS[dim])
     for n, *query in np.ndindex(2, *MAPS[dim]):
         y[(n, slice(None), *query)] = (recording.attention(query, n) * g[n]).flatten(1).sum(dim=1)
-    assert_close(x + block.conv_out(y), block(x), rtol=1e-4, atol=1e-4)
+    expected = oracles.block(x, block.state_dict(), pairwise, subsample=subsample, axes=axes)
+    assert_close(x + block.conv_out(y), expected)
 
 
 @pytest.mark.parametrize(

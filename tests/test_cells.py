@@ -20,8 +20,8 @@ def centres(grid, rows, columns):
 @pytest.mark.parametrize("stride", [4, 16])
 def test_roi_cells_are_where_roi_align_samples(stride):
     """On a map whose features are the coordinates of its cells, it returns those of the RoI's."""
-    features = centres(CellGrid(stride, stride), 11, 13)
-    features = torch.from_numpy(features).float().permute(2, 0, 1)[None]
+    y, x = (stride * (torch.arange(size) + 0.5) for size in (11, 13))
+    features = torch.stack([x.expand(11, 13), y[:, None].expand(11, 13)])[None]
     box = np.array([0.9, 1.3, 6.2, 7.1]) * stride
     rois = torch.tensor([[0.0, *box]])
     pooled = ROIAlign((7, 5), 1 / stride, 0, aligned=True)(features, rois)[0].permute(1, 2, 0)
