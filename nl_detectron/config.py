@@ -52,9 +52,6 @@ def add_non_local_config(cfg: CfgNode) -> None:
     """
     if "NON_LOCAL" not in cfg.MODEL:
         cfg.MODEL.NON_LOCAL = CfgNode(_DEFAULTS)
-        # A misspelt key in a YAML file is refused when the model is built, with the nearest name;
-        # yacs itself would only say that it does not exist.
-        cfg.MODEL.NON_LOCAL.set_new_allowed(True)
 
 
 def load_config(path: str | Path, options: Sequence[Any] = ()) -> CfgNode:

@@ -6,6 +6,7 @@ import copy
 import pickle
 import re
 import zlib
+from operator import attrgetter
 
 import pytest
 import torch
@@ -157,22 +158,38 @@ def test_norm_and_subsample_of_the_head_are_its_own(nl_cfg):
     assert isinstance(block.norm, torch.nn.BatchNorm2d)
 
 
-@pytest.mark.parametrize("part", sorted(BOTH))
+@pytest.mark.parametrize("builder", ["build_non_local_resnet_fpn", "build_resnet_fpn"])
 @pytest.mark.parametrize(
     ("yaml", "wrong", "right"),
     [
-        ("{PAIRWSE: gaussian}", "MODEL.NON_LOCAL.PAIRWSE", "PAIRWISE"),
-        ("{SUB_SAMPLE: 1}", "MODEL.NON_LOCAL.SUB_SAMPLE", "SUBSAMPLE"),
-        ("{AFTER_BLOCKS: {RES_4: [1]}}", "MODEL.NON_LOCAL.AFTER_BLOCKS.RES_4", "RES4"),
-        ("{KEYPOINT_HEAD: {NROM: GN}}", "MODEL.NON_LOCAL.KEYPOINT_HEAD.NROM", "NORM"),
-        ("{KEYPOINT_HEAD: {AFTER_CONV: [1]}}", "KEYPOINT_HEAD.AFTER_CONV", "AFTER_CONVS"),
+        ("{PAIRWSE: gaussian}", "PAIRWSE", "PAIRWISE"),
+        ("{SUB_SAMPLE: 1}", "SUB_SAMPLE", "SUBSAMPLE"),
+        ("{AFTER_BLOCKS: {RES_4: [1]}}", "AFTER_BLOCKS.RES_4", "AFTER_BLOCKS.RES4"),
+        ("{KEYPOINT_HEAD: {NROM: GN}}", "KEYPOINT_HEAD.NROM", "KEYPOINT_HEAD.NORM"),
     ],
 )
-def test_misspelt_key(nl_cfg, tmp_path, part, yaml, wrong, right):
+def test_misspelt_key_of_a_file(cfg, tmp_path, builder, yaml, wrong, right):
+    """Also where nothing reads the node: the blocks of a stock model would be lost in silence."""
     path = tmp_path / "config.yaml"
-    path.write_text(f"MODEL: {{NON_LOCAL: {yaml}}}")
-    nl_cfg.merge_from_file(str(path))
-    with pytest.raises(ValueError, match=f"unknown config key .*{wrong}, did you mean {right}"):
+    path.write_text(f"MODEL: {{BACKBONE: {{NAME: {builder}_backbone}}, NON_LOCAL: {yaml}}}")
+    with pytest.raises(KeyError, match=f"key: MODEL.NON_LOCAL.{wrong}"):  # in stock tools
+        cfg.merge_from_file(str(path))
+    names = f"key: MODEL.NON_LOCAL.{wrong}; did you mean MODEL.NON_LOCAL.{right}"
+    with pytest.raises(ValueError, match=names):
+        load_config(path)
+
+
+@pytest.mark.parametrize("part", sorted(BOTH))
+@pytest.mark.parametrize(
+    ("node", "wrong", "right"),
+    [("", "SUB_SAMPLE", "SUBSAMPLE"), (".KEYPOINT_HEAD", "AFTER_CONV", "AFTER_CONVS")],
+)
+def test_misspelt_key_in_code(nl_cfg, part, node, wrong, right):
+    path = f"MODEL.NON_LOCAL{node}"
+    setattr(attrgetter(path)(nl_cfg), wrong, 1)  # yacs takes any
+    with pytest.raises(
+        ValueError, match=f"unknown config key {path}.{wrong}, did you mean {right}"
+    ):
         build(nl_cfg, part)
 
 
