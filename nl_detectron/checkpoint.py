@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
@@ -15,15 +15,18 @@ from nl_detectron.metadata import write_metadata
 from nl_detectron.non_local import NonLocalBlock
 
 _RESIDUAL_BLOCK = re.compile(r"\b(?P<stage>res\d)\.\d+\.")
+_NON_LOCAL_BLOCK = re.compile(r"^(?P<block>(?:.*\.)?non_local\d+)\.")
 
 
 class StrictCheckpointer(DetectionCheckpointer):
     """detectron2's checkpointer, for networks that are a known one plus non-local blocks.
 
-    A checkpoint may lack the parameters of non-local blocks, which start as the identity. A
-    checkpoint of a backbone alone (ImageNet pretraining) may lack all that is not backbone.
-    Anything else that it lacks, or holds in another shape, must have been named in ``may_lack``.
-    It may hold more than the model takes, but not residual blocks of a deeper network.
+    A checkpoint may lack whole non-local blocks, which start as the identity. A checkpoint of a
+    backbone alone (ImageNet pretraining) may lack all that is not backbone. Anything else that it
+    lacks, or holds in another shape, must have been named in ``may_lack``. It may hold more than
+    the model takes, but neither residual blocks of a deeper network nor non-local blocks.
+
+    A training that is resumed must find all that the model has, and nothing else.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class StrictCheckpointer(DetectionCheckpointer):
         save_dir: str = "",
         *,
         may_lack: Sequence[str] = (),
+        strip_blocks: bool = False,
         complete: bool = False,
         metadata: Mapping[str, Any] | None = None,
         **kwargs: Any,
@@ -43,6 +47,7 @@ class StrictCheckpointer(DetectionCheckpointer):
             save_dir: as in ``DetectionCheckpointer``.
             may_lack: prefixes of parameter names, such as "roi_heads.box_predictor", that keep
                 their initial values on purpose; "" stands for all.
+            strip_blocks: leave out the checkpoint's non-local blocks on purpose.
             complete: for a model that is used without being trained: refuse a backbone alone, too,
                 and all that the model has no place for.
             metadata: goes into every checkpoint that is saved, and into a file beside them; see
@@ -51,8 +56,10 @@ class StrictCheckpointer(DetectionCheckpointer):
         """
         super().__init__(model, save_dir, **kwargs)
         self.may_lack = tuple(may_lack)
+        self.strip_blocks = strip_blocks
         self.complete = complete
         self.metadata = metadata
+        self._resuming = False
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Save the model, what goes with it, and the metadata."""
@@ -82,57 +89,98 @@ class StrictCheckpointer(DetectionCheckpointer):
         except Exception as error:  # broken files raise all sorts
             raise ValueError(f"this file cannot be read as a checkpoint: {error!r}") from error
 
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """As stock; a checkpoint to resume from must be this very model's."""
+        self._resuming = resume and self.has_checkpoint()
+        return super().resume_or_load(path, resume=resume)
+
     def _load_model(self, checkpoint: Any) -> Any:
+        if self.strip_blocks and not self._resuming:
+            blocks = {name for name in checkpoint["model"] if _NON_LOCAL_BLOCK.match(name)}
+            for name in blocks:
+                del checkpoint["model"][name]
+            self.logger.info("Non-local blocks of the checkpoint left out: %s", _blocks(blocks))
         incompatible = super()._load_model(checkpoint)
-        self._check_lacking(set(incompatible.missing_keys))  # with those of another shape
+        missing = set(incompatible.missing_keys)  # with those of another shape
+        misshapen = {name for name, *_ in incompatible.incorrect_shapes}
+        self._check_lacking(missing, misshapen)
         self._check_surplus(incompatible.unexpected_keys)
         return incompatible
 
-    def _check_lacking(self, lacking: set[str]) -> None:
+    def _check_lacking(self, lacking: set[str], misshapen: set[str]) -> None:
         names = set(self.model.state_dict())
-        blocks = tuple(
-            f"{name}." for name, m in self.model.named_modules() if isinstance(m, NonLocalBlock)
-        )
+        if self._resuming:
+            self._refuse_lacking(lacking, "It is of another model than the training to resume.")
+            return
+        unexplained = {name for name in lacking if not name.startswith(self.may_lack)}
+        for block, module in self.model.named_modules():
+            if isinstance(module, NonLocalBlock):
+                own = {f"{block}.{name}" for name in module.state_dict()}
+                if own <= lacking - misshapen:
+                    unexplained -= own
+
         backbone = getattr(self.model, "backbone", None)
         prefix = "backbone.bottom_up." if isinstance(backbone, FPN) else "backbone."
         beyond_backbone = {name for name in names if not name.startswith((prefix, "pixel_"))}
-
-        unexplained = {name for name in lacking if not name.startswith(blocks + self.may_lack)}
         backbone_alone = beyond_backbone <= lacking
         if backbone_alone and not self.complete:
             unexplained -= beyond_backbone
             self.logger.info("The checkpoint holds a backbone alone; the rest starts from scratch.")
-        if unexplained:
-            if self.complete and backbone_alone:
-                hint = "It holds no more than a backbone."
-            else:
-                hint = "Is it of another depth or number of classes?"
-            if not self.complete:
+        if self.complete and backbone_alone:
+            hint = "It holds no more than a backbone."
+        elif any(_NON_LOCAL_BLOCK.match(name) for name in unexplained):
+            hint = "Are its non-local blocks of another form or size?"
+        else:
+            hint = "Is it of another depth or number of classes?"
+        if not self.complete:
+            hint += (
+                " What should start from scratch can be named: may_lack, or --may-lack of "
+                "tools/train_net.py."
+            )
+        self._refuse_lacking(unexplained, hint)
+
+    def _refuse_lacking(self, lacking: set[str], hint: str) -> None:
+        if lacking:
+            raise ValueError(
+                f"the checkpoint lacks {len(lacking)} of the model's "
+                f"{len(self.model.state_dict())} tensors, or has them in another shape: "
+                f"{_some(lacking)}. {hint}"
+            )
+
+    def _check_surplus(self, surplus: Collection[str]) -> None:
+        known = [m for name in self.model.state_dict() if (m := _RESIDUAL_BLOCK.search(name))]
+        stages, blocks = {m["stage"] for m in known}, {m[0] for m in known}
+        deeper = [
+            name
+            for name in surplus
+            if (m := _RESIDUAL_BLOCK.search(name)) and m["stage"] in stages and m[0] not in blocks
+        ]
+        non_local = [name for name in surplus if _NON_LOCAL_BLOCK.match(name)]
+        if deeper:
+            raise ValueError(
+                "the checkpoint holds residual blocks that the model has no place for: "
+                f"{_some(deeper)}. Is it of another depth?"
+            )
+        if non_local:
+            hint = "Is its MODEL.NON_LOCAL another one?"
+            if not (self.complete or self._resuming):
                 hint += (
-                    " What should start from scratch can be named: may_lack, or --may-lack of "
+                    " It can be loaded without its blocks: strip_blocks, or --strip-blocks of "
                     "tools/train_net.py."
                 )
             raise ValueError(
-                f"the checkpoint lacks {len(unexplained)} of the model's {len(names)} tensors, or "
-                f"has them in another shape: {_some(unexplained)}. {hint}"
+                "the checkpoint holds non-local blocks that the model has no place for: "
+                f"{_blocks(non_local)}. {hint}"
+            )
+        if surplus and (self.complete or self._resuming):
+            raise ValueError(
+                f"the checkpoint holds tensors that the model has no place for: {_some(surplus)}"
             )
 
-    def _check_surplus(self, surplus: Iterable[str]) -> None:
-        if not self.complete:
-            known = [m for name in self.model.state_dict() if (m := _RESIDUAL_BLOCK.search(name))]
-            stages, blocks = {m["stage"] for m in known}, {m[0] for m in known}
-            surplus = [
-                name
-                for name in surplus
-                if (m := _RESIDUAL_BLOCK.search(name))
-                and m["stage"] in stages
-                and m[0] not in blocks
-            ]
-        if surplus:
-            raise ValueError(
-                "the checkpoint holds tensors that the model has no place for: "
-                f"{_some(surplus)}. Is it of another depth, or of a config with other blocks?"
-            )
+
+def _blocks(names: Iterable[str]) -> str:
+    found = {m["block"] for name in names if (m := _NON_LOCAL_BLOCK.match(name))}
+    return _some(found) if found else "it has none"
 
 
 def _some(names: Iterable[str]) -> str:

@@ -10,26 +10,24 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
-import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2 import engine
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from nl_detectron.checkpoint import StrictCheckpointer
-from nl_detectron.coco_files import use_coco_files
 from nl_detectron.config import load_config
-from nl_detectron.metadata import dataset_metadata
+from nl_detectron.data_sets import check_data_sets, describe_data, use_custom_data
+from nl_detectron.evaluation import Evaluator
+from nl_detectron.metadata import dataset_metadata, stored_metadata
 
 logger = logging.getLogger("nl_detectron")
 
@@ -37,9 +35,9 @@ logger = logging.getLogger("nl_detectron")
 class Trainer(engine.DefaultTrainer):
     """``DefaultTrainer`` with a COCO evaluator and a strict checkpointer."""
 
-    def __init__(self, cfg: CfgNode, may_lack: Sequence[str] = ()):
-        """See ``DefaultTrainer``; ``may_lack`` as in :class:`StrictCheckpointer`."""
-        self.may_lack = may_lack
+    def __init__(self, cfg: CfgNode, **load_options: Any):
+        """See ``DefaultTrainer``; options are those of :class:`StrictCheckpointer`."""
+        self.load_options = load_options
         with _ddp_on(cfg.MODEL.DEVICE):
             super().__init__(cfg)
 
@@ -51,20 +49,16 @@ class Trainer(engine.DefaultTrainer):
         self.checkpointer = StrictCheckpointer(
             self._trainer.model,
             self.cfg.OUTPUT_DIR,
-            may_lack=self.may_lack,
             metadata=metadata,
             trainer=weakref.proxy(self),
+            **self.load_options,
         )
         return super().build_hooks()
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
-        """COCO boxes, masks and keypoints, whatever the predictions hold."""
-        return COCOEvaluator(
-            dataset_name,
-            output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"),
-            kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
-        )
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> Evaluator:
+        """COCO's scores."""
+        return Evaluator(cfg, dataset_name)
 
 
 def build_predictor(cfg: CfgNode, weights: str | None = None) -> engine.DefaultPredictor:
@@ -108,8 +102,14 @@ def read_config(args: argparse.Namespace) -> CfgNode:
         ValueError: anything else that is wrong with them.
     """
     cfg = load_config(args.config_file, args.opts)
-    _use_own_data(cfg, args)
-    _check_data(cfg)
+    use_custom_data(cfg, args)
+    weights, resuming = weights_to_load(cfg, args.resume)
+    if args.eval_only and not weights:
+        raise ValueError("--eval-only: MODEL.WEIGHTS is empty, so there is no model to evaluate")
+    known = stored_metadata(weights) if args.eval_only or resuming else {}
+    if not cfg.TEST.KEYPOINT_OKS_SIGMAS:
+        cfg.TEST.KEYPOINT_OKS_SIGMAS = known.get("keypoint_oks_sigmas", [])
+    check_data_sets(cfg, not args.eval_only, known)
     cfg.freeze()
     return cfg
 
@@ -120,53 +120,23 @@ def setup(args: argparse.Namespace) -> CfgNode:
     engine.default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="nl_detectron")
     logger.info("Device: %s", cfg.MODEL.DEVICE)
+    for sentence in describe_data(cfg):
+        logger.info(sentence)
     return cfg
 
 
-def _use_own_data(cfg: CfgNode, args: argparse.Namespace) -> None:
-    for split in ("train", "test"):
-        json_file, image_dir = getattr(args, f"{split}_json"), getattr(args, f"{split}_images")
-        if (json_file is None) != (image_dir is None):
-            raise ValueError(f"--{split}-json and --{split}-images go together")
-        if json_file is None:
-            continue
-        use_coco_files(cfg, split, json_file, image_dir)
-        num_keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
-        num_sigmas = len(cfg.TEST.KEYPOINT_OKS_SIGMAS) or 17  # COCO's person by default
-        if cfg.MODEL.KEYPOINT_ON and num_keypoints != num_sigmas:
-            raise ValueError(
-                f"TEST.KEYPOINT_OKS_SIGMAS has {num_sigmas} values, but the categories of "
-                f"{json_file} have {num_keypoints} keypoints"
-            )
-    if args.train_json and args.test_json:
-        for what in ["thing_classes", *["keypoint_names"] * cfg.MODEL.KEYPOINT_ON]:
-            train, test = (MetadataCatalog.get(f"own_{s}").get(what) for s in ("train", "test"))
-            if train != test:
-                raise ValueError(
-                    "--train-json and --test-json must have the same categories and keypoints, "
-                    f"got {train} and {test}"
-                )
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what arguments say about loading a checkpoint, for :class:`StrictCheckpointer`."""
+    options = {"may_lack": args.may_lack, "strip_blocks": args.strip_blocks}
+    return {**options, "complete": args.eval_only}
 
 
-def _check_data(cfg: CfgNode) -> None:
-    """Say what is wrong with the data sets now, rather than after the training."""
-    for key in ("TRAIN", "TEST"):
-        for name in cfg.DATASETS[key]:
-            if name not in DatasetCatalog.list():
-                raise ValueError(f"DATASETS.{key}: no data set {name!r} is registered")
-            metadata = MetadataCatalog.get(name)
-            if metadata.evaluator_type != "coco":
-                raise ValueError(
-                    f"DATASETS.{key}: {name!r} is of type {metadata.evaluator_type!r}, this tool "
-                    "takes 'coco'; run `python -m tools.train_net`, detectron2's own, with the "
-                    "same arguments"
-                )
-            if not PathManager.isfile(metadata.json_file):
-                raise FileNotFoundError(
-                    f"DATASETS.{key}: {name!r} needs {metadata.json_file}, which does not exist; "
-                    f"name your own files with --{key.lower()}-json and --{key.lower()}-images, or "
-                    "set DETECTRON2_DATASETS"
-                )
+def weights_to_load(cfg: CfgNode, resume: bool) -> tuple[str, bool]:
+    """Return the checkpoint that a run starts from, and whether it is resumed there."""
+    checkpointer = DetectionCheckpointer(torch.nn.Module(), cfg.OUTPUT_DIR)
+    if resume and checkpointer.has_checkpoint():
+        return checkpointer.get_checkpoint_file(), True
+    return cfg.MODEL.WEIGHTS, False
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch import nn
 
 from nl_detectron.checkpoint import StrictCheckpointer
 from nl_detectron.console import mistakes_in_one_sentence, quiet_detectron2
-from nl_detectron.engine import model_errors, read_config
+from nl_detectron.engine import load_options, model_errors, read_config
 
 Main = Callable[[argparse.Namespace], Any]
 
@@ -46,7 +46,8 @@ def launch(
         with mistakes_in_one_sentence():
             cfg = read_config(args)
             processes = _number_of_processes(args, cfg)
-            model = _check_model(args, cfg)
+            _check_output(cfg)
+            model = build_and_load(args, cfg)
             if check:
                 check(args, cfg, model)
             del model
@@ -88,8 +89,7 @@ def _number_of_processes(args: argparse.Namespace, cfg: CfgNode) -> int:
     return processes
 
 
-def _check_model(args: argparse.Namespace, cfg: CfgNode) -> nn.Module:
-    """Build the model and load its weights, as the training will, to see whether that works."""
+def _check_output(cfg: CfgNode) -> None:
     try:
         PathManager.mkdirs(cfg.OUTPUT_DIR)
         with tempfile.TemporaryFile(dir=cfg.OUTPUT_DIR):
@@ -98,6 +98,14 @@ def _check_model(args: argparse.Namespace, cfg: CfgNode) -> nn.Module:
         raise ValueError(
             f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written to: {error.strerror}"
         ) from error
+
+
+def build_and_load(args: argparse.Namespace, cfg: CfgNode) -> nn.Module:
+    """Build a model and load its weights, as the training will, to see whether that works.
+
+    Raises:
+        ValueError: it does not.
+    """
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
@@ -105,9 +113,8 @@ def _check_model(args: argparse.Namespace, cfg: CfgNode) -> nn.Module:
     try:
         with model_errors():
             model = build_model(cfg)
-        StrictCheckpointer(
-            model, cfg.OUTPUT_DIR, may_lack=args.may_lack, complete=args.eval_only
-        ).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        checkpointer = StrictCheckpointer(model, cfg.OUTPUT_DIR, **load_options(args))
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
     finally:
         logging.disable(logging.NOTSET)
     return model

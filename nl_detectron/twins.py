@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -32,7 +33,7 @@ WINDOW = 20
 class TwinTrainer(Trainer):
     """A trainer that starts as the trainer of the config's stock twin does."""
 
-    def __init__(self, cfg: CfgNode, may_lack: Sequence[str] = ()):
+    def __init__(self, cfg: CfgNode, **load_options: Any):
         """See :class:`Trainer`.
 
         Raises:
@@ -40,7 +41,7 @@ class TwinTrainer(Trainer):
         """
         if cfg.SEED < 0:
             raise ValueError(f"SEED must be 0 or more, or twins would not be alike; got {cfg.SEED}")
-        super().__init__(cfg, may_lack)
+        super().__init__(cfg, **load_options)
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -75,20 +76,20 @@ class Run:
 
 
 def train_twin(
-    cfg: CfgNode, may_lack: Sequence[str] = (), trainer_class: type[TwinTrainer] = TwinTrainer
+    cfg: CfgNode, trainer_class: type[TwinTrainer] = TwinTrainer, **load_options: Any
 ) -> Run:
     """Train and evaluate one twin; its config, log, checkpoints and results go to ``OUTPUT_DIR``.
 
     Args:
         cfg: a config with blocks, or its :func:`nl_detectron.config.stock_twin`.
-        may_lack: as in :class:`nl_detectron.checkpoint.StrictCheckpointer`.
         trainer_class: may be replaced, for another optimizer for example.
+        load_options: of :class:`nl_detectron.checkpoint.StrictCheckpointer`.
     """
     if comm.is_main_process():
         output = Path(cfg.OUTPUT_DIR)
         output.mkdir(parents=True, exist_ok=True)
         (output / "config.yaml").write_text(cfg.dump())
-    trainer = trainer_class(cfg, may_lack)
+    trainer = trainer_class(cfg, **load_options)
     trainer.resume_or_load(resume=False)
     trainer.train()
     storage = trainer.storage

@@ -1,13 +1,13 @@
-"""A person's own COCO files in detectron2's catalogues."""
+"""Custom COCO files in detectron2's catalogues."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from nl_detectron.coco_files import register_coco_files, use_coco_files
+from nl_detectron.coco_files import register_coco_files
 
 
 def test_metadata(own_data):
@@ -29,20 +29,68 @@ def test_lines_between_keypoints(tmp_path):
     assert lines == [("palm", "thumb"), ("thumb", "tip")]
 
 
-def test_config_takes_over_classes_and_keypoints(own_data, cfg):
-    cfg.MODEL.KEYPOINT_ON = True
-    use_coco_files(cfg, "train", str(own_data), str(own_data.parent / "images"))
-    assert cfg.DATASETS.TRAIN == ("own_train",)
-    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == cfg.MODEL.RETINANET.NUM_CLASSES == 1
-    assert cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS == 2
+@pytest.fixture
+def write(tmp_path):
+    def write(name="a.json", **content):
+        path = tmp_path / name
+        path.write_text(json.dumps(content))
+        return str(path)
+
+    return write
 
 
-def test_config_needs_keypoints(cfg, tmp_path):
-    cfg.MODEL.KEYPOINT_ON = True
-    file = tmp_path / "boxes.json"
-    file.write_text('{"categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]}')
-    with pytest.raises(ValueError, match="boxes.json name no keypoints"):
-        use_coco_files(cfg, "test", str(file), str(tmp_path))
+OBJECT = {"id": 5, "image_id": 1, "category_id": 7, "bbox": [0, 0, 2, 2]}
+IMAGE = {"id": 1, "file_name": "a.jpg", "height": 2, "width": 2}
+HAND = {"id": 7, "name": "hand", "keypoints": ["palm", "thumb"]}
+
+
+@pytest.mark.parametrize(
+    ("content", "needs", "message"),
+    [
+        ({"categories": [{"name": "a"}]}, (), "no 'id' in category number 1, of 1"),
+        ({"categories": [HAND, {"id": 8}]}, (), "no 'name' in category number 2, of 2"),
+        ({"categories": ["hand"]}, (), "no 'id' in category number 1"),
+        ({"categories": [HAND, HAND]}, (), r"several categories of one id: \[7, 7\]"),
+        ({"images": [{"id": 1}]}, (), "no 'file_name' in image number 1"),
+        ({"annotations": [OBJECT | {"category_id": 8}]}, (), "no category 8, which annotation 5"),
+        ({"annotations": [OBJECT | {"bbox": []}]}, (), "no 'bbox' in annotation number 1"),
+        ({"annotations": [OBJECT]}, ["area"], "no 'area' in annotation number 1"),
+        ({"annotations": [OBJECT | {"iscrowd": 1}]}, ["bbox"], "no objects"),
+        ({}, ["bbox"], "no objects"),
+        (
+            {"annotations": [OBJECT | {"keypoints": [0] * 6, "num_keypoints": 0}]},
+            ["keypoints"],
+            "no objects with keypoints",
+        ),
+        (
+            {"annotations": [OBJECT | {"keypoints": [0] * 5}]},
+            ["keypoints"],
+            "2 keypoints in category 7, but 5 numbers .* in annotation 5",
+        ),
+        ({"categories": [HAND | {"keypoints": ["a", "a"]}]}, (), "several keypoints of one name"),
+    ],
+)
+def test_what_is_wrong_in_a_file(content, needs, message, write, tmp_path):
+    file = write(**{"images": [IMAGE], "annotations": [], "categories": [HAND], **content})
+    with pytest.raises(ValueError, match=f"'test_wrong': .*a.json has .*{message}"):
+        register_coco_files("test_wrong", file, str(tmp_path), needs)
+
+
+def test_sides_of_keypoints(write, tmp_path):
+    hand = HAND | {"keypoints": ["LThumb", "Palm", "RThumb"]}
+    file = write(images=[IMAGE], annotations=[], categories=[hand])
+    register_coco_files("test_sides", file, str(tmp_path))
+    assert MetadataCatalog.get("test_sides").keypoint_flip_map == [("LThumb", "RThumb")]
+
+
+def test_metadata_agrees_with_the_loader(write, tmp_path):
+    """detectron2 sets class names and ids itself when it loads, and refuses other values."""
+    categories = [{"id": 999, "name": "c"}, {"id": 7, "name": "a"}, {"id": 50, "name": "b"}]
+    file = write(images=[IMAGE], annotations=[OBJECT | {"category_id": 50}], categories=categories)
+    register_coco_files("test_loader", file, str(tmp_path))
+    (record,) = DatasetCatalog.get("test_loader")
+    assert [o["category_id"] for o in record["annotations"]] == [1]
+    assert MetadataCatalog.get("test_loader").thing_classes == ["a", "b", "c"]
 
 
 def test_errors(own_data, tmp_path):

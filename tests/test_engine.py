@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 
 import numpy as np
 import pytest
@@ -10,8 +9,7 @@ import torch
 from detectron2.data import DatasetMapper
 from PIL import Image
 
-from nl_detectron.engine import build_predictor, network_input, read_config
-from tests.running import QUICK, load_tool, own_data_arguments
+from nl_detectron.engine import build_predictor, network_input
 
 
 class TestBuildPredictor:
@@ -65,35 +63,3 @@ def test_network_input_is_that_of_the_evaluation(small_cfg, tmp_path, channels):
     assert inputs["image"].shape == (3, 77, 111)
     assert torch.equal(inputs["image"], expected["image"].float())
     assert (inputs["height"], inputs["width"]) == (37, 53)
-
-
-class TestReadConfig:
-    @pytest.fixture
-    def refuse(self, tmp_path):
-        def refuse(message, *arguments):
-            config = QUICK / "keypoint_rcnn_R_18_NL_FPN_NLhead_overfit.yaml"
-            words = ["--config-file", config, *arguments]
-            words += ["OUTPUT_DIR", tmp_path, "TEST.KEYPOINT_OKS_SIGMAS", "(0.1,0.1)"]
-            args = load_tool("train_net").parse_args([str(word) for word in words])
-            with pytest.raises(ValueError, match=message):
-                read_config(args)
-
-        return refuse
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            ({"name": "dot"}, r"\['bar'\] and \['dot'\]"),
-            ({"keypoints": ["left_end", "middle"]}, ".*'right_end'. and .'left_end', 'middle'"),
-        ],
-    )
-    def test_other_categories_to_test_on(self, change, message, own_data, refuse):
-        data = json.loads(own_data.read_text())
-        data["categories"][0] |= change
-        other = own_data.parent / "other.json"
-        other.write_text(json.dumps(data))
-        train, test = own_data_arguments(own_data, "train"), own_data_arguments(other, "test")
-        refuse(f"must have the same categories and keypoints, got {message}", *train, *test)
-
-    def test_half_of_own_data(self, own_data, refuse):
-        refuse("--train-json and --train-images go together", "--train-json", own_data)

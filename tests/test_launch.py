@@ -116,7 +116,7 @@ class TestMistakes:
         cfg = load_config(CONFIG, [*SMALL, "MODEL.RESNETS.DEPTH", 34])
         torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "r34.pth")
         weights = ["MODEL.WEIGHTS", str(tmp_path / "r34.pth")]
-        message = "weights .*r34.pth: the checkpoint holds tensors .*another depth"
+        message = "weights .*r34.pth: the checkpoint holds residual blocks .*another depth"
         self.refuse([*arguments, *weights], message, capfd)
 
     def test_health_of_no_blocks(self, arguments, capfd):

@@ -20,10 +20,20 @@ CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 # A module imports only from layers before its own.
 LAYERS = [
-    ["console", "paths", "config", "cells", "coco_files", "flops", "frames", "metadata"],
-    ["ops", "pictures"],
+    [
+        "console",
+        "paths",
+        "config",
+        "cells",
+        "evaluation",
+        "flipping",
+        "flops",
+        "frames",
+        "metadata",
+    ],
+    ["ops", "pictures", "coco_files"],
     ["non_local"],
-    ["backbone", "keypoint_head", "checkpoint", "attention", "cost"],
+    ["backbone", "keypoint_head", "checkpoint", "attention", "cost", "data_sets"],
     ["engine", "health", "model_cost", "config_blocks"],
     ["twins", "launch"],
     ["__init__"],

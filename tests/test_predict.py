@@ -13,8 +13,9 @@ import torch
 from detectron2.modeling import build_model
 from pycocotools.coco import COCO
 
-from nl_detectron.coco_files import use_coco_files
+from nl_detectron.coco_files import register_coco_files
 from nl_detectron.config import load_config
+from nl_detectron.data_sets import take_numbers
 from nl_detectron.engine import Trainer, build_predictor
 from tests.running import QUICK, TINY, forget_own_data, load_tool
 
@@ -74,7 +75,9 @@ def test_folder_as_evaluated(predict, images, own_data, weights, tmp_path, capsy
     cfg = load_config(CONFIG, [*OPTIONS, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.1"])
     cfg.OUTPUT_DIR = str(tmp_path)
     cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.1, 0.1]
-    use_coco_files(cfg, "test", str(own_data), str(images))
+    register_coco_files("own_test", str(own_data), str(images))
+    cfg.DATASETS.TEST = ("own_test",)
+    take_numbers(cfg, "own_test")
     model = build_predictor(cfg, str(weights)).model
     Trainer.test(cfg, model)
     found = read(tmp_path / "new/found.json")

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,15 +39,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace, cfg: CfgNode, model: nn.Module) -> None:
-    """Refuse a config without blocks."""
+    """Refuse a config without blocks, and weights that are not the stock twin's, too."""
     from nl_detectron.config import stock_twin
+    from nl_detectron.launch import build_and_load
 
-    if stock_twin(cfg) == cfg:
+    stock_cfg = stock_twin(cfg)
+    if stock_cfg == cfg:
         raise ValueError(
             f"{args.config_file} has no blocks to leave out: MODEL.BACKBONE.NAME is "
             f"{cfg.MODEL.BACKBONE.NAME}, MODEL.ROI_KEYPOINT_HEAD.NAME is "
             f"{cfg.MODEL.ROI_KEYPOINT_HEAD.NAME}"
         )
+    build_and_load(args, stock_cfg)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -56,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
     from detectron2.utils import comm
 
     from nl_detectron.config import stock_twin
-    from nl_detectron.engine import setup
+    from nl_detectron.engine import load_options, setup
     from nl_detectron.twins import LABELS, train_twin
 
     cfg = setup(args)
@@ -67,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
         twin_cfg.defrost()
         twin_cfg.SEED = max(cfg.SEED, 0)
         twin_cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR) / twin)
-        runs[twin] = train_twin(twin_cfg, args.may_lack)
+        runs[twin] = train_twin(twin_cfg, **load_options(args))
     if comm.is_main_process():
         report(runs, Path(cfg.OUTPUT_DIR))
 
@@ -79,14 +81,7 @@ def report(runs: dict[str, Run], output: Path) -> None:
     stock, non_local = runs.values()
     difference = {task: non_local.ap[task] - ap for task, ap in stock.ap.items()}
     aps = {**{twin: run.ap for twin, run in runs.items()}, "difference": difference}
-    numbers = {
-        # JSON has no NaN, which is the AP of no detection at all.
-        "ap": {
-            row: {task: None if math.isnan(ap) else ap for task, ap in values.items()}
-            for row, values in aps.items()
-        },
-        "losses": {twin: run.losses for twin, run in runs.items()},
-    }
+    numbers = {"ap": aps, "losses": {twin: run.losses for twin, run in runs.items()}}
     (output / "ab.json").write_text(json.dumps(numbers))
     draw_losses(
         output / "losses.png",
@@ -101,8 +96,8 @@ def report(runs: dict[str, Run], output: Path) -> None:
         print(f"{first['total_loss']} in both, equal to the last bit")
     else:
         print(
-            f"{first['total_loss']} and {other_first['total_loss']}, not equal: MODEL.WEIGHTS hold "
-            "trained blocks, or this device does not compute the same way twice"
+            f"{first['total_loss']} and {other_first['total_loss']}, not equal: this device does "
+            "not compute the same way twice"
         )
     if stock.ap:
         print("\n" + ap_table({LABELS[twin]: run.ap for twin, run in runs.items()}))

@@ -22,8 +22,9 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 from tqdm import tqdm
 
-from nl_detectron.coco_files import use_coco_files
+from nl_detectron.coco_files import register_coco_files
 from nl_detectron.config import load_config
+from nl_detectron.data_sets import take_numbers
 from nl_detectron.engine import build_predictor
 from nl_detectron.frames import Images, Video, open_frames, report_done
 
@@ -67,7 +68,9 @@ def prepare(args: argparse.Namespace) -> tuple[DefaultPredictor, Metadata, Image
 
     known_ids = None
     if args.annotations:
-        use_coco_files(cfg, "test", args.annotations, str(folder))
+        register_coco_files("own_test", args.annotations, str(folder))
+        cfg.DATASETS.TEST = ("own_test",)
+        take_numbers(cfg, "own_test")
         records = DatasetCatalog.get(*cfg.DATASETS.TEST)
         known_ids = {Path(record["file_name"]): record["image_id"] for record in records}
     metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else Metadata()

@@ -90,6 +90,12 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
         help="accept a checkpoint that lacks anything",
     )
     parser.add_argument(
+        "--strip-blocks",
+        action="store_true",
+        help="leave out the non-local blocks of the checkpoint, which is refused otherwise where "
+        "the model has no place for them",
+    )
+    parser.add_argument(
         "opts", nargs=argparse.REMAINDER, help="config keys and values, such as SOLVER.BASE_LR 0.01"
     )
     return parser
@@ -105,7 +111,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="log every N iterations what the non-local blocks do; 0 is off (default: %(default)s)",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.eval_only and (args.may_lack or args.strip_blocks):
+        parser.error(
+            "--may-lack, --allow-partial and --strip-blocks are for training: --eval-only takes "
+            "the whole model that a training left"
+        )
+    return args
 
 
 def check(args: argparse.Namespace, cfg: CfgNode, model: nn.Module) -> None:
@@ -122,19 +134,19 @@ def main(args: argparse.Namespace) -> Any:
     from detectron2.utils import comm
 
     from nl_detectron.checkpoint import StrictCheckpointer
-    from nl_detectron.engine import Trainer, setup
+    from nl_detectron.engine import Trainer, load_options, setup
     from nl_detectron.health import BlockHealthHook
 
     cfg = setup(args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        checkpointer = StrictCheckpointer(model, cfg.OUTPUT_DIR, may_lack=args.may_lack)
+        checkpointer = StrictCheckpointer(model, cfg.OUTPUT_DIR, **load_options(args))
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = Trainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
-    trainer = Trainer(cfg, args.may_lack)
+    trainer = Trainer(cfg, **load_options(args))
     if args.health_period:
         trainer.register_hooks([BlockHealthHook(args.health_period, trainer.model)])
     trainer.resume_or_load(resume=args.resume)
