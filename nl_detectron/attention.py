@@ -36,14 +36,20 @@ def find_blocks(model: nn.Module, *patterns: str) -> dict[str, NonLocalBlock]:
         Full name to block, in the order of the model.
 
     Raises:
-        ValueError: a pattern that no block matches.
+        ValueError: the model has no block, or none that a pattern matches.
     """
     patterns = patterns or ("*",)
     blocks = {name: m for name, m in model.named_modules() if isinstance(m, NonLocalBlock)}
-    there = f"it has {', '.join(blocks)}" if blocks else "it has none at all"
+    if not blocks:
+        raise ValueError(
+            "the model has no non-local block at all; a config with MODEL.BACKBONE.NAME "
+            "build_non_local_... or MODEL.ROI_KEYPOINT_HEAD.NAME NonLocalKeypointHead inserts some"
+        )
     for pattern in patterns:
         if not any(_matches(name, pattern) for name in blocks):
-            raise ValueError(f"the model has no non-local block {pattern!r}; {there}")
+            raise ValueError(
+                f"the model has no non-local block {pattern!r}; it has {', '.join(blocks)}"
+            )
     return {
         name: block
         for name, block in blocks.items()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -81,6 +82,26 @@ class CellGrid:
         return np.stack([x0, y0, x1, y1], axis=-1)
 
 
+class Key(NamedTuple):
+    """A key of an attention map.
+
+    Attributes:
+        box: x0, y0, x1, y1 of its part in the original image.
+        frame: T.
+        weight: its weight.
+    """
+
+    box: tuple[float, float, float, float]
+    frame: int
+    weight: float
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        """Centre of the box, x and y."""
+        x0, y0, x1, y1 = self.box
+        return (x0 + x1) / 2, (y0 + y1) / 2
+
+
 @dataclass(frozen=True)
 class AttentionMap:
     """Attention of one point of an image or clip, ready to be drawn.
@@ -101,11 +122,13 @@ class AttentionMap:
         """Which keys lie in the image, at least in part; (H, W) bool."""
         return np.all(self.boxes[..., 2:] > self.boxes[..., :2], axis=-1)
 
-    def strongest(self, count: int = 20) -> list[tuple[float, float, int, float]]:
-        """The keys in the image with the largest weights: x and y of their centre, T, weight."""
-        weights = np.where(self.in_image, self.weights, -np.inf)
-        count = min(count, int(np.isfinite(weights).sum()))
-        best = np.argsort(-weights, axis=None, kind="stable")[:count]
-        keys = zip(*np.unravel_index(best, weights.shape))
-        centres = (self.boxes[..., :2] + self.boxes[..., 2:]) / 2
-        return [(*centres[h, w].tolist(), int(t), float(weights[t, h, w])) for t, h, w in keys]
+    def strongest(self, count: int = 20) -> list[Key]:
+        """The keys in the image with the largest weights, regardless of signs."""
+        sizes = np.where(self.in_image, np.abs(self.weights), -np.inf)
+        count = min(count, int(np.isfinite(sizes).sum()))
+        best = np.argsort(-sizes, axis=None, kind="stable")[:count]
+        keys = zip(*np.unravel_index(best, sizes.shape))
+        return [
+            Key(tuple(self.boxes[h, w].tolist()), int(t), float(self.weights[t, h, w]))
+            for t, h, w in keys
+        ]

@@ -6,6 +6,7 @@ Networks are built on the meta device, so nothing is computed or downloaded.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -93,15 +94,16 @@ def block_rows(cfg: CfgNode, load: Load, batch_size: int) -> Iterator[str]:
     yield "|---|---|---|---:|---:|---:|---:|---:|"
     model = build(cfg)
     shapes: dict[str, list[int]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, NonLocalBlock):
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if isinstance(module, NonLocalBlock):
 
-            def record(_: nn.Module, inputs: tuple[Tensor], name: str = name) -> None:
-                size, *rest = inputs[0].shape
-                shapes[name] = [batch_size * size, *rest]
+                def record(_: nn.Module, inputs: tuple[Tensor], name: str = name) -> None:
+                    size, *rest = inputs[0].shape
+                    shapes[name] = [batch_size * size, *rest]
 
-            module.register_forward_pre_hook(record)
-    run_networks(model, load)
+                hooks.enter_context(module.register_forward_pre_hook(record))
+        run_networks(model, load)
     for name, shape in shapes.items():
         block: Any = model.get_submodule(name)
         cost = block_cost(block, shape, "cuda" if torch.cuda.is_available() else "cpu")

@@ -1,161 +1,137 @@
-"""Pictures of attention: a heat map over the image, and the arrows of the paper's Figure 3.
-
-A clip is drawn as its frames side by side, an image as a clip of one frame.
-"""
+"""Figures of attention for a paper: a heat map over the image, and the arrows of Figure 3."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from PIL import Image, ImageOps
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+from PIL import Image
 
-from nl_detectron.cells import AttentionMap
+from nl_detectron.canvas import Canvas, Subject
+from nl_detectron.weight_scale import WeightScale
 
-Box = tuple[float, float, float, float]
-
-GAP = 8  # pixels between frames
-LONG_SIDE, DPI = 8, 150  # inches of an image's longer side, pixels per inch
-LEAST_SHARE = 0.01  # of the largest weight, for an arrow
-HEAT = matplotlib.colormaps["inferno"]
-ARROW, QUERY = "#ffd21f", "#e8112d"
+MOST_ARROWS, ENOUGH = 20, 0.9  # arrows: at most, and the share of the weight at which they end
+SAMPLES = 16  # along a side of a key in a heat map
 
 
-def draw_heat_map(
-    frames: Sequence[np.ndarray], attention: AttentionMap, view: Box | None = None
-) -> Figure:
-    """Draw the weights as colours over the image, bright where they are large.
+def draw_heat_map(subject: Subject, *, smooth: bool = True) -> Figure:
+    """Draw the weights as colours over the grey image, and outline the strongest key.
+
+    What is interpolated, bilinearly between the centres of the keys, is the place of a weight on
+    the logarithmic colour scale; beyond the outermost centres it is constant.
 
     Args:
-        frames: T images (H, W, 3), uint8 in RGB.
-        attention: the map to draw.
-        view: x0, y0, x1, y1 of the part of the image to draw, with the outline of the map in it;
-            without it, the whole image.
+        subject: what to draw.
+        smooth: interpolate; otherwise every key is a rectangle of one colour.
 
     Raises:
         ValueError: the map has another number of frames.
     """
-    grey = [np.repeat(frame.mean(axis=2, keepdims=True), 3, axis=2) / 255 for frame in frames]
-    figure, axes = _canvas(grey, attention, view)
-    weights, boxes = attention.weights, attention.boxes
-    shown = weights[:, attention.in_image]
-    level_of = Normalize(min(shown.min(), 0.0), shown.max(), clip=True)
-    x = np.append(boxes[0, :, 0], boxes[0, -1, 2])
-    y = np.append(boxes[:, 0, 1], boxes[-1, 0, 3])
-    for t, frame_weights in enumerate(weights):
-        level = level_of(frame_weights)
-        # What has little weight is seen through.
-        axes.pcolormesh(
-            x + _shift(frames, t), y, level, cmap=HEAT, vmin=0, vmax=1, alpha=0.25 + 0.5 * level
-        )
-    _mark_query(axes, frames, attention)
-    return figure
+    attention = subject.attention
+    scale = WeightScale.of(attention)
+    canvas = Canvas(subject._replace(frames=[_grey(frame) for frame in subject.frames]), scale)
+    rows, columns = attention.in_image.any(axis=1), attention.in_image.any(axis=0)
+    boxes = attention.boxes[rows][:, columns]
+    (left, top), (right, bottom) = boxes[0, 0, :2], boxes[-1, -1, 2:]
+    for t, weights in enumerate(attention.weights[:, rows][:, :, columns]):
+        level = _resampled(scale.level(weights).T, boxes[:, 0, 1::2], smooth).T
+        level = _resampled(level, boxes[0, :, ::2], smooth)
+        x = canvas.left_of(t)
+        extent = (x + left, x + right, bottom, top)
+        canvas.axes.imshow(scale.cmap(level), extent=extent, aspect="auto")
+    key = attention.strongest(1)[0]
+    outline = canvas.outline(key.box, key.frame, "white")
+    return canvas.finish({f"strongest key, weight {key.weight:.2g}": outline})
 
 
-def draw_arrows(
-    frames: Sequence[np.ndarray],
-    attention: AttentionMap,
-    view: Box | None = None,
-    count: int = 20,
-) -> Figure:
+def draw_arrows(subject: Subject) -> Figure:
     """Draw arrows from the query to the centres of the keys with the largest weights (Figure 3).
 
-    The larger the weight, the thicker the arrow. Keys in the padding get none, nor do those with
-    less than a hundredth of the largest weight.
+    The strongest keys in the image get one until they hold nine tenths of all weight, twenty at
+    most; the legend says how many they are and what they hold. Width and opacity of an arrow grow
+    with the root of its share of all weight, so that those of a flat map are faint. Where weights
+    have signs, their absolute values count.
 
     Args:
-        frames: as in :func:`draw_heat_map`.
-        attention: likewise.
-        view: likewise.
-        count: number of arrows, at most.
+        subject: what to draw.
 
     Raises:
         ValueError: the map has another number of frames.
     """
-    figure, axes = _canvas(frames, attention, view)
+    attention = subject.attention
+    scale = WeightScale.of(attention, opaque=True)
+    whole = float(np.abs(attention.weights).sum())
+    keys, held = [], 0.0
+    for key in attention.strongest(MOST_ARROWS):
+        if held >= ENOUGH or key.weight == 0:
+            break
+        keys.append(key)
+        held += abs(key.weight) / whole
+    canvas = Canvas(subject, scale)
     x, y, query_frame = attention.query
-    keys = attention.strongest(count)
-    largest = keys[0][3]
-    for key_x, key_y, t, weight in reversed(keys):  # the strongest on top
-        if weight <= LEAST_SHARE * max(largest, 0.0):
-            continue
-        share = weight / largest
-        axes.annotate(
+    for key in reversed(keys):  # the strongest on top
+        key_x, key_y = key.centre
+        strength = np.sqrt(abs(key.weight) / whole)
+        width, opacity = 0.4 + 1.6 * strength, 0.25 + 0.75 * strength
+        halo = withStroke(linewidth=width + 0.8, foreground="black", alpha=0.3 * opacity)
+        canvas.axes.annotate(
             "",
-            (key_x + _shift(frames, t), key_y),
-            (x + _shift(frames, query_frame), y),
+            (key_x + canvas.left_of(key.frame), key_y),
+            (x + canvas.left_of(query_frame), y),
             arrowprops={
-                "arrowstyle": "-|>,head_length=0.5,head_width=0.25",
-                "color": ARROW,
-                "linewidth": 0.7 + 1.3 * share,
-                "alpha": 0.5 + 0.5 * share,
+                "arrowstyle": "-|>,head_length=0.4,head_width=0.2",
+                "mutation_scale": 5 + 7 * strength,
+                "color": scale.cmap(scale.level(np.array(key.weight)))[:3],
+                "linewidth": width,
+                "alpha": opacity,
+                "path_effects": [halo],
                 "shrinkA": 0,
                 "shrinkB": 0,
             },
         )
-    _mark_query(axes, frames, attention)
-    return figure
+    handle = Line2D([], [], color="0.3", linewidth=1.5, marker=">", markersize=3)
+    statement = f"top {len(keys)} of {attention.weights.size} keys: {held:.0%} of the weight"
+    return canvas.finish({statement: handle})
 
 
-def save_grid(path: Path, files: Sequence[Path], columns: int, width: int = 480) -> None:
-    """Put picture files side by side into one, row by row, in places of one size.
+def save_grid(path: Path, files: Sequence[Path], columns: int) -> None:
+    """Put picture files into one, row by row, each in its own size.
 
     Args:
         path: file to write.
         files: pictures.
-        columns: places in a row.
-        width: of a place, in pixels; its height suits the median picture.
+        columns: pictures in a row.
     """
-    tiles = []
-    for file in files:
-        with Image.open(file) as image:
-            tiles.append(image.resize((width, round(width * image.height / image.width))))
-    height = int(np.median([tile.height for tile in tiles]))
-    rows = -(-len(tiles) // columns)
-    size = (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP)
-    grid = Image.new("RGB", size, "white")
-    for i, tile in enumerate(tiles):
-        row, column = divmod(i, columns)
-        place = ImageOps.pad(tile, (width, height), color="white")
-        grid.paste(place, (column * (width + GAP), row * (height + GAP)))
+    pictures = [Image.open(file).convert("RGB") for file in files]
+    rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
+    width = max(picture.width for picture in pictures)
+    heights = [max(picture.height for picture in row) for row in rows]
+    grid = Image.new("RGB", (min(columns, len(pictures)) * width, sum(heights)), "white")
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            grid.paste(picture, (j * width, sum(heights[:i])))
     grid.save(path)
 
 
-def _canvas(
-    frames: Sequence[np.ndarray], attention: AttentionMap, view: Box | None
-) -> tuple[Figure, Axes]:
-    if len(frames) != len(attention.weights):
-        raise ValueError(f"{len(frames)} frames, but the map has {len(attention.weights)}")
-    height, width = frames[0].shape[:2]
-    x0, y0, x1, y1 = view or (0, 0, _shift(frames, len(frames)) - GAP, height)
-    # The frames of a clip are drawn half as large as an image.
-    longest = max(height, width) * min(len(frames), 2) if view is None else max(x1 - x0, y1 - y0)
-    inches = LONG_SIDE / longest
-    figure = Figure(figsize=(inches * (x1 - x0), inches * (y1 - y0)), dpi=DPI)
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set_axis_off()
-    for t, frame in enumerate(frames):
-        left = _shift(frames, t)
-        axes.imshow(frame, extent=(left, left + width, height, 0))
-    axes.set(xlim=(x0, x1), ylim=(y1, y0))
-    if view is not None:
-        (left, top), (right, bottom) = attention.boxes[0, 0, :2], attention.boxes[-1, -1, 2:]
-        outline = Rectangle((left, top), right - left, bottom - top, fill=False, color="white")
-        axes.add_patch(outline)
-    return figure, axes
+def _grey(frame: np.ndarray) -> np.ndarray:
+    """A grey image (H, W) of less contrast, so that colours over it can be told apart."""
+    return 30 + 0.7 * frame @ [0.299, 0.587, 0.114]
 
 
-def _shift(frames: Sequence[np.ndarray], t: int) -> int:
-    """The x at which frame t begins."""
-    return t * (frames[0].shape[1] + GAP)
+def _resampled(level: np.ndarray, spans: np.ndarray, smooth: bool) -> np.ndarray:
+    """Values of keys at ``SAMPLES`` points per key along the last axis.
 
-
-def _mark_query(axes: Axes, frames: Sequence[np.ndarray], attention: AttentionMap) -> None:
-    x, y, t = attention.query
-    axes.plot(x + _shift(frames, t), y, "o", ms=9, mfc=QUERY, mec="white", zorder=9)
+    Args:
+        level: (..., K).
+        spans: where each key begins and ends; (K, 2).
+        smooth: whether to interpolate linearly between their centres.
+    """
+    points = np.linspace(spans[0, 0], spans[-1, 1], SAMPLES * len(spans) + 1)
+    points = (points[:-1] + points[1:]) / 2
+    if not smooth:
+        return level[..., np.searchsorted(spans[:, 1], points)]
+    return np.stack([np.interp(points, spans.mean(axis=1), row) for row in level])

@@ -61,7 +61,9 @@ class TestFindBlocks:
             find_blocks(detector, "res4.non_local4", "local4")
 
     def test_none_at_all(self):
-        with pytest.raises(ValueError, match="it has none at all"):
+        with pytest.raises(
+            ValueError, match="no non-local block at all; a config with MODEL.BACKBONE"
+        ):
             find_blocks(nn.Conv2d(1, 1, 1))
 
 
@@ -221,9 +223,9 @@ class TestClips:
         attention = attention_map(recording, grid, (112, 176), 3.5 * 16, 2.5 * 16, frame=3)
         assert attention.query == (56.0, 40.0, 1)
         assert attention.weights.shape == (5, 3, 5)
-        x, y, t, weight = attention.strongest(1)[0]
-        assert (x, y, t) == (9 * 16, 5 * 16, 4)  # rows 4 and 5, columns 8 and 9
-        assert weight > 0.99
+        key = attention.strongest(1)[0]
+        assert (*key.centre, key.frame) == (9 * 16, 5 * 16, 4)  # rows 4 and 5, columns 8 and 9
+        assert key.weight > 0.99
 
 
 def centre(box):

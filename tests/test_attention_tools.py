@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import numpy as np
@@ -61,21 +62,27 @@ class TestVisualizeAttention:
         x0, y0, x1, y1 = raw["boxes"][np.unravel_index(raw["weights"][0].argmax(), (5, 9))]
         assert x0 <= (BLUE[0] + BLUE[2]) / 2 < x1
         assert y0 <= (BLUE[1] + BLUE[3]) / 2 < y1
-        with Image.open(out / f"{stems[0]}.arrows.png") as arrows:
-            assert arrows.size == (1200, 700)
-            # On the way to the blue rectangle, most of it is grey.
-            scale = arrows.width / planted.SIZE[1]
-            head = np.array([(x0 + x1) / 2, (y0 + y1) / 2])
-            pixel = (0.9 * head + 0.1 * np.array([self.X + 0.5, self.Y + 0.5])) * scale
-            red, green, blue = arrows.convert("RGB").getpixel(tuple(pixel.round().astype(int)))
-            assert red > 200 > 100 > blue
-            corner = (np.array(BLUE[2:]) - 1.5) * scale  # of the blue rectangle, behind the head
-            red, green, blue = arrows.convert("RGB").getpixel(tuple(corner.round().astype(int)))
-            assert blue > 200 > 100 > red
+        with Image.open(out / f"{stems[0]}.arrows.png") as file:
+            arrows = file.convert("RGB")
+        assert arrows.width == 3.25 * 300
+        # The rectangles show where the image is, and the arrow is on the line between them.
+        pixels = np.asarray(arrows).astype(int)
+        red = np.argwhere((pixels[..., 0] > 200) & (pixels[..., 1:].max(axis=2) < 60))
+        blue = np.argwhere((pixels[..., 2] > 200) & (pixels[..., :2].max(axis=2) < 60))
+        (top, left), (bottom, right) = red.min(axis=0), blue.max(axis=0) + 1
+        scale = (right - left) / (BLUE[2] - RED[0])
+        assert scale == pytest.approx((bottom - top) / (BLUE[3] - RED[1]), rel=0.02)
+        head, tail = np.array([(x0 + x1) / 2, (y0 + y1) / 2]), np.array([self.X, self.Y]) + 0.5
+        on_image = 0.9 * head + 0.1 * tail
+        x, y = (on_image - RED[:2]) * scale + [left, top]
+        r, g, b = pixels[round(y), round(x)]
+        assert min(r, g) > b + 40  # yellow
+        with Image.open(out / "grid.png") as grid, Image.open(out / f"{stems[0]}.heat.png") as heat:
+            assert grid.size == (4 * heat.width, heat.height)  # one row of two pairs
 
     def test_joint_in_its_roi(self, files, command):
         options = ["--block", "keypoint_head.*", "--joint", "2", "--output", files / "out"]
-        command("visualize_attention", "pair.png", *options)
+        command("visualize_attention", "pair.png", *options, "--score-threshold", "0.4")
         stem = files / "out" / "pair.keypoint_head.non_local2.2"
         assert all(stem.with_suffix(end).exists() for end in (".2.heat.png", ".2.arrows.png"))
         raw = np.load(f"{stem}.npz")
@@ -85,23 +92,86 @@ class TestVisualizeAttention:
         assert 0 <= x0 < x < x1 <= planted.SIZE[1]
         assert 0 <= y0 < y < y1 <= planted.SIZE[0]
 
+    def test_joint_of_an_unlikely_detection(self, files, command, capsys):
+        """All logits are set to 0, so the class and the background have 0.5 each."""
+        checkpoint = torch.load(files / "model.pth")
+        for name, parameter in checkpoint["model"].items():
+            if "box_predictor.cls_score" in name:
+                parameter.zero_()
+        torch.save(checkpoint, files / "model.pth")
+        options = ["--joint", "2", "--output", files / "out", "--score-threshold", "0.6"]
+        with pytest.raises(SystemExit, match="nothing could be done with .*pair.png"):
+            command("visualize_attention", "pair.png", *options)
+        message = "skipped .*pair.png: no detection of score 0.6 or more; the best has 0.50"
+        assert re.search(message, capsys.readouterr().err)
+        assert list((files / "out").iterdir()) == []
+
+    def test_joint_by_a_name_that_is_stored_with_the_weights(self, files, command):
+        names = ["tip", "left_wrist", "c", "d", "e"]
+        checkpoint = torch.load(files / "model.pth")
+        checkpoint["metadata"] = {"thing_classes": ["hand"], "keypoint_names": names}
+        torch.save(checkpoint, files / "model.pth")
+        options = ["--block", "res4.*", "--output", files / "out", "--joint"]
+        command("visualize_attention", "pair.png", *options, "left_wrist")
+        command("visualize_attention", "pair.png", *options, "1")
+        by_name, by_index = (
+            np.load(files / "out" / f"pair.res4.non_local4.{joint}.npz")["query"]
+            for joint in ("left_wrist", "1")
+        )
+        assert by_name.tolist() == by_index.tolist()
+        with pytest.raises(SystemExit, match="no joint 'nose'.* tip, left_wrist, c, d, e"):
+            command("visualize_attention", "pair.png", *options, "nose")
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["--query", "173,5"], "query 173,5 is outside the image of 173 x 101"),
+            (["--query", "173,5"], "--query 173,5 is outside the image of 173 x 101"),
             (["--query", "5,5", "--block", "res5.x"], "'res5.x'; it has backbone.bottom_up.res4."),
+            (["--joint", "nose"], "no joint 'nose'; the joints of the model: 0 to 4"),
             (
-                ["--joint", "nose", "--block", "res4.*"],
-                "no joint 'nose'; the model has 0, 1, 2, 3, 4",
+                ["--joint", "0", "MODEL.KEYPOINT_ON", "False"],
+                "no joint '0'; the joints of the model: none",
             ),
-            ([], "give at least one --query or --joint"),
+            (
+                ["--query", "30,5", "--block", "keypoint_head.*", "--score-threshold", "1"],
+                "--query 30,5 is in none of the 0 detections at or above --score-threshold",
+            ),
         ],
     )
     def test_refusals(self, files, command, capsys, options, message):
         with pytest.raises(SystemExit) as stop:
-            command("visualize_attention", "pair.png", *options, "--output", files / "out")
+            command("visualize_attention", "pair.png", "--output", files / "out", *options)
         assert stop.value.code not in (None, 0)
         assert message in capsys.readouterr().err + str(stop.value)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ([], "give at least one --query or --joint"),
+            (["--query", "30"], "argument --query: '30' is no X,Y, two whole numbers from 0"),
+            (["--query", "-5,20"], "argument --query: '-5,20' is no X,Y"),
+            (["--query", "5,x"], "argument --query: '5,x' is no X,Y"),
+            (["--query"], "argument --query: expected one argument"),
+            (
+                ["--joint", "0", "--score-threshold", "2"],
+                "--score-threshold must be within 0 and 1",
+            ),
+        ],
+    )
+    def test_wrong_arguments(self, capsys, options, message):
+        required = ["--config-file", "c", "--input", "i", "--output", "o"]
+        with pytest.raises(SystemExit) as stop:
+            load_tool("visualize_attention").parse_args([*required, *options])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tool", ["predict", "visualize_attention", "block_health"])
+def test_no_arguments(tool, capsys):
+    with pytest.raises(SystemExit) as stop:
+        load_tool(tool).main([])
+    assert stop.value.code == 2
+    assert "the following arguments are required: --config-file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tool", ["visualize_attention", "block_health"])
@@ -112,7 +182,15 @@ class TestVisualizeAttention:
         ("../empty", [], "empty holds no image"),
         ("pair.png", ["MODEL.NON_LOCAL.PAIRWIZE", "gaussian"], "did you mean MODEL.NON_LOCAL.PAIR"),
         ("pair.png", ["MODEL.RESNETS.DEPTH", "101"], "weights .*model.pth: .* of another depth"),
-        ("pair.png", ["MODEL.BACKBONE.NAME", "none"], "no model can be built: .*'none'"),
+        ("pair.png", ["MODEL.BACKBONE.NAME", "none"], "no model can be built .*none"),
+        (
+            "pair.png",
+            [
+                *("--weights", "", "MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
+                *("MODEL.ROI_KEYPOINT_HEAD.NAME", "KRCNNConvDeconvUpsampleHead"),
+            ],
+            "the model has no non-local block at all; a config with MODEL.BACKBONE.NAME",
+        ),
     ],
 )
 def test_mistakes(files, command, tool, image, options, message):

@@ -79,10 +79,15 @@ class TestAttentionMap:
         assert attention.in_image.tolist() == [[True, True, False]] * 2
 
     def test_strongest(self, attention):
-        """Centres of the part in the image: columns end at 32 and 60, rows at 16 and 25."""
+        """Their part in the image: columns end at 32 and 60, rows at 16 and 25."""
         assert attention.strongest(3) == [
-            (16.0, 8.0, 1, 0.5),
-            (46.0, 20.5, 0, 0.4),
-            (46.0, 8.0, 0, 0.3),
+            ((0, 0, 32, 16), 1, 0.5),
+            ((32, 16, 60, 25), 0, 0.4),
+            ((32, 0, 60, 16), 0, 0.3),
         ]
+        assert attention.strongest(2)[1].centre == (46, 20.5)
         assert len(attention.strongest(20)) == 8
+
+    def test_strongest_regardless_of_signs(self, attention):
+        attention.weights[1, 0, 1] = -0.6
+        assert [key.weight for key in attention.strongest(3)] == [-0.6, 0.5, 0.4]

@@ -220,5 +220,5 @@ class TestHook:
     def test_wrong_arguments(self):
         with pytest.raises(ValueError, match="period must be at least 1, got 0"):
             BlockHealthHook(0, Toy())
-        with pytest.raises(ValueError, match="none at all"):
+        with pytest.raises(ValueError, match="no non-local block at all"):
             BlockHealthHook(1, nn.Conv2d(1, 1, 1))

@@ -5,6 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import signal
+import threading
+import time
 
 import cv2
 import numpy as np
@@ -20,8 +24,8 @@ from nl_detectron.engine import Trainer, build_predictor
 from tests.running import QUICK, TINY, forget_own_data, load_tool
 
 CONFIG = str(QUICK / "keypoint_rcnn_R_18_NL_FPN_NLhead_overfit.yaml")
-OPTIONS = [*TINY, "MODEL.MASK_ON", "True", "TEST.DETECTIONS_PER_IMAGE", "5"]
 CLASSES = ["MODEL.ROI_HEADS.NUM_CLASSES", "1", "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "2"]
+OPTIONS = [*TINY, *CLASSES, "MODEL.MASK_ON", "True", "TEST.DETECTIONS_PER_IMAGE", "5"]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +33,7 @@ def weights(tmp_path_factory):
     """A model with new weights: its few objects are wrong, but there are some."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "model.pth"
-    model = build_model(load_config(CONFIG, [*OPTIONS, *CLASSES]))
+    model = build_model(load_config(CONFIG, OPTIONS))
     torch.save({"model": model.state_dict()}, path)
     return path
 
@@ -89,35 +93,114 @@ def test_folder_as_evaluated(predict, images, own_data, weights, tmp_path, capsy
         assert len(COCO(str(own_data)).loadRes(found).anns) == len(found)
 
 
-def test_broken_images_are_named_skipped_and_counted(predict, images, tmp_path, capsys):
-    folder = tmp_path / "images"
+def test_images_that_fail_are_named_skipped_and_counted(predict, images, tmp_path, capsys):
+    """In the decoder, in the network (too flat to be resized) and when the picture is written."""
+    folder, pictures = tmp_path / "images", tmp_path / "pictures"
+    (pictures / "6.png").mkdir(parents=True)
     folder.mkdir()
-    (folder / "1.png").write_bytes((images / "1.png").read_bytes())
-    (folder / "2.png").write_bytes((images / "2.png").read_bytes()[:2000])
+    whole = (images / "1.png").read_bytes()
+    for name in ("1.png", "6.png", "new.png"):
+        (folder / name).write_bytes(whole)
+    (folder / "2.png").write_bytes(whole[:2000])
     (folder / "3.jpg").write_text("no image")
-    (folder / "notes.txt").write_text("no image either")
-    (folder / "new.png").write_bytes((images / "1.png").read_bytes())
-    predict(folder, "--output", tmp_path / "pictures")
+    cv2.imwrite(str(folder / "4.png"), np.zeros((1, 4000, 3), dtype=np.uint8))
+    predict(folder, "--output", pictures, "--json", tmp_path / "found.json")
     printed = capsys.readouterr()
-    assert "1 images done, 3 skipped" in printed.out
-    for name in ("2.png", "3.jpg", "new.png: the annotations do not have it"):
+    assert "2 images done, 4 skipped" in printed.out
+    for name in ("2.png", "3.jpg", "4.png", "6.png: OpenCV cannot write"):
         assert f"skipped {folder / name}" in printed.err
-    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["1.png"]
+    assert {path.name for path in pictures.iterdir() if path.is_file()} == {"1.png", "new.png"}
+    # The annotations do not have new.png.
+    assert {result["image_id"] for result in read(tmp_path / "found.json")} == {1, "new"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stop_keeps_what_is_done(predict, images, tmp_path, capsys, number):
+    folder, pictures, found = tmp_path / "images", tmp_path / "pictures", tmp_path / "found.json"
+    folder.mkdir()
+    for i in range(99):
+        (folder / f"{i:02d}.png").write_bytes((images / "1.png").read_bytes())
+
+    def stop_at_the_third():
+        while not (pictures / "02.png").exists():
+            time.sleep(0.001)
+        os.kill(os.getpid(), number)
+
+    def not_handled(*_):
+        raise AssertionError("the signal reached the test")
+
+    previous = signal.signal(signal.SIGTERM, not_handled)
+    try:
+        threading.Thread(target=stop_at_the_third, daemon=True).start()
+        with pytest.raises(SystemExit, match="stopped before the end; what was done is kept"):
+            predict(folder, "--output", pictures, "--json", found)
+        assert signal.getsignal(signal.SIGTERM) is not_handled
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    done = {result["image_id"] for result in read(found)}
+    assert done == set(range(len(done)))
+    assert 2 <= len(done) < 99
+    assert 0 <= len(list(pictures.iterdir())) - len(done) <= 1
+    assert f"{len(done)} images done, 0 skipped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("name", "image_id"), [("000000000139.png", 139), ("cat.png", "cat")])
-def test_ids_without_annotations(name, image_id, images, weights, tmp_path):
-    image = tmp_path / name
+def test_ids_without_annotations(predict, name, image_id, images, tmp_path):
+    image, found = tmp_path / name, tmp_path / "found.json"
     image.write_bytes((images / "1.png").read_bytes())
-    load_tool("predict").main(
-        [
-            *("--config-file", CONFIG, "--weights", str(weights), "--input", str(image)),
-            *("--json", str(tmp_path / "found.json"), "--score-threshold", "0.1"),
-            *(*OPTIONS, *CLASSES, "DATASETS.TEST", "()"),
-        ]
-    )
-    found = read(tmp_path / "found.json")
-    assert {(a["image_id"], a["category_id"]) for a in found} == {(image_id, 1)}
+    predict(image, "--json", found, annotations=None)
+    assert {(a["image_id"], a["category_id"]) for a in read(found)} == {(image_id, 1)}
+
+
+def test_images_of_one_id(predict, images, tmp_path, capsys):
+    for name in ("a.png", "a.jpg"):
+        (tmp_path / name).write_bytes((images / "1.png").read_bytes())
+    predict(tmp_path, "--output", tmp_path / "out")
+    assert "2 images done" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="several images of the id 'a' for --json"):
+        predict(tmp_path, "--json", tmp_path / "found.json")
+
+
+class TestNamesWithTheWeights:
+    """The checkpoint tells what its class is; the process knows no data set of that name."""
+
+    METADATA = {
+        "thing_classes": ["bar"],
+        "category_ids": [999],
+        "keypoint_names": ["left_end", "right_end"],
+    }
+
+    @pytest.fixture
+    def named(self, weights, tmp_path):
+        path = tmp_path / "named.pth"
+        torch.save({**torch.load(weights), "metadata": self.METADATA}, path)
+        return path
+
+    def test_category_ids(self, predict, images, named, tmp_path):
+        unknown = ("DATASETS.TEST", "('own_test',)")
+        for named_by in (None, images.parent / "bars.json"):  # there, the id is 3
+            found = tmp_path / "found.json"
+            options = ("--json", found, *unknown)
+            predict(images / "1.png", *options, weights=named, annotations=named_by)
+            assert {result["category_id"] for result in read(found)} == {999}
+
+    def test_other_annotations(self, predict, images, named, tmp_path):
+        content = read(images.parent / "bars.json")
+        content["categories"][0]["name"] = "rod"
+        other = tmp_path / "rods.json"
+        other.write_text(json.dumps(content))
+        options = (images, "--json", tmp_path / "found.json")
+        with pytest.raises(SystemExit, match="rods.json are not .*'rod' there, 'bar' in the model"):
+            predict(*options, weights=named, annotations=other)
+        predict(*options, annotations=other)  # nothing is known with the weights
+
+    def test_another_number(self, predict, images, named, tmp_path):
+        content = read(images.parent / "bars.json")
+        content["categories"].append({"id": 8, "name": "rod"})
+        other = tmp_path / "rods.json"
+        other.write_text(json.dumps(content))
+        with pytest.raises(SystemExit, match="rods.json has 2 classes, but the model has 1"):
+            predict(images, "--json", tmp_path / "found.json", weights=named, annotations=other)
 
 
 def test_video(predict, images, tmp_path):
@@ -130,10 +213,12 @@ def test_video(predict, images, tmp_path):
     for frame in frames:
         writer.write(frame)
     writer.release()
-    predict(tmp_path / "clip.avi", "--output", tmp_path / "out", "--json", tmp_path / "found.json")
+    predict(
+        tmp_path / "clip.avi", "--output", tmp_path / "out.mp4", "--json", tmp_path / "found.json"
+    )
     assert {a["image_id"] for a in read(tmp_path / "found.json")} == {0, 1, 2}
 
-    drawn = cv2.VideoCapture(str(tmp_path / "out" / "clip.mp4"))
+    drawn = cv2.VideoCapture(str(tmp_path / "out.mp4"))
     assert drawn.get(cv2.CAP_PROP_FPS) == 5.0
     for frame in frames:
         there, picture = drawn.read()
@@ -158,9 +243,10 @@ def test_mistakes(predict, images, weights, own_data, tmp_path):
     refuse("text.mp4: this file does not hold tensors alone", weights=text)
     refuse("lost.yaml' does not exist", config=tmp_path / "lost.yaml")
     refuse("pictures there would replace", output=images)
-    seven = ("MODEL.ROI_HEADS.NUM_CLASSES", "7")
-    refuse("has 7 classes, but keypoints_coco_2017_val has 1", images, *seven, annotations=None)
-
+    refuse("out.mp4: pictures of images need a folder", output=tmp_path / "out.mp4")
+    refuse("folder .*text.mp4 cannot be made: File exists", images, "--json", text / "x.json")
+    refuse("cannot be written: Is a directory", images, "--json", empty)
+    refuse("lost.json does not exist", annotations=tmp_path / "lost.json")
     state = torch.load(weights)["model"]
     lost = {name: value for name, value in state.items() if "res4.1" not in name}
     torch.save({"model": lost}, tmp_path / "shallow.pth")

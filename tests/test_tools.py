@@ -41,7 +41,8 @@ def coco(tmp_path_factory):
     return root
 
 
-TOOLS = ["ab", "analyze", "convert_weights", "overfit", "train_net"]
+TOOLS = ["ab", "analyze", "block_health", "convert_weights", "overfit", "predict", "train_net"]
+TOOLS += ["visualize_attention"]
 SCRIPTS = [*(ROOT / "tools" / f"{name}.py" for name in TOOLS), ROOT / "projects/long_range/demo.py"]
 
 

@@ -12,36 +12,47 @@ from __future__ import annotations
 import argparse
 from collections import defaultdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from nl_detectron.attention import find_blocks
-from nl_detectron.config import load_config
-from nl_detectron.engine import build_predictor
-from nl_detectron.frames import Images, report_done
-from nl_detectron.health import BlockHealth, watch_health
+if TYPE_CHECKING:
+    from nl_detectron.health import BlockHealth
 
 
-def main() -> None:
-    """Parse the arguments, run the model and print the table."""
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True)
-    parser.add_argument("--weights", help="checkpoint; default: the config's")
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML config")
+    parser.add_argument("--weights", metavar="FILE", help="checkpoint (default: the config's)")
     parser.add_argument("--input", type=Path, required=True, help="image, or folder of images")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
-    args = parser.parse_args()
-    try:
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the model and print the table."""
+    args = parse_args(argv)
+
+    import numpy as np
+    from tqdm import tqdm
+
+    from nl_detectron.attention import find_blocks
+    from nl_detectron.config import load_config
+    from nl_detectron.console import mistakes_in_one_sentence, quiet_detectron2
+    from nl_detectron.engine import build_predictor
+    from nl_detectron.frames import Images, report_done
+    from nl_detectron.health import watch_health
+
+    with mistakes_in_one_sentence():
         images = Images(args.input)
         predictor = build_predictor(load_config(args.config_file, args.opts), args.weights)
         blocks = find_blocks(predictor.model)
-    except (OSError, ValueError) as error:
-        raise SystemExit(str(error)) from error
 
     measured: dict[str, list[BlockHealth]] = defaultdict(list)
-    with watch_health(predictor.model, lambda name, health: measured[name].append(health)):
-        for frame in images:
+    watch = watch_health(predictor.model, lambda name, health: measured[name].append(health))
+    with quiet_detectron2(), watch:
+        for frame in tqdm(images, unit="image"):
             predictor(frame.image)
     report_done(args.input, len(images) - images.skipped, images.skipped)
     print("| block | residual ratio | entropy | query dependence |")

@@ -1,0 +1,58 @@
+"""Detections in COCO's results format, in a file that is valid whenever the program ends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+
+from detectron2.data import Metadata
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import Instances
+
+
+class ResultsFile:
+    """A JSON array on disk, complete after every :meth:`add`."""
+
+    def __init__(self, path: Path, metadata: Metadata):
+        """Create the file, an empty array.
+
+        Args:
+            path: file to write.
+            metadata: has the json's category id of each class; without them, classes are counted
+                from 1.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        category_ids = metadata.get("thing_dataset_id_to_contiguous_id", {})
+        self._id_of_class = {class_id: id_ for id_, class_id in category_ids.items()}
+        try:
+            self._file = path.open("wb", buffering=0)
+        except OSError as error:
+            raise OSError(f"{path} cannot be written: {error.strerror}") from error
+        self._file.write(b"[]")
+
+    def __enter__(self) -> ResultsFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def add(self, found: Instances, image_id: int | str) -> None:
+        """Append the objects of an image; moves their keypoints, so it has to come last."""
+        results = instances_to_coco_json(found, image_id)
+        for result in results:
+            class_id = result["category_id"]
+            result["category_id"] = self._id_of_class.get(class_id, class_id + 1)
+        if results:
+            first = self._file.tell() == len(b"[]")
+            text = ",\n".join(json.dumps(result) for result in results)
+            # One write replaces the bracket at the end, so there is no moment without one.
+            self._file.seek(-1, 2)
+            self._file.write(f"{'' if first else ','}\n{text}\n]".encode())
