@@ -54,6 +54,8 @@ $(READY): setup.py constraints.txt tools/install_detectron2.py | $(RUN)
 	touch $@
 
 $(RUN):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	    "nl_detectron needs Python 3.11 or newer: name one with PYTHON=path")'
 	$(PYTHON) -m venv $(VENV)
 
 clean:

@@ -28,7 +28,7 @@ setup(
     long_description=readme(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.9",
+    python_requires=">=3.11",
     packages=find_packages(include=["nl_detectron", "nl_detectron.*"]),
     package_data={"nl_detectron": ["py.typed"]},
     install_requires=[

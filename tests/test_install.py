@@ -1,6 +1,8 @@
 """Packaging and the detectron2 installer; nothing here needs a network."""
 
 import ast
+import contextlib
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -9,6 +11,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from tests.running import ROOT, load_tool
 
@@ -206,11 +209,12 @@ def metadata(tmp_path_factory):
     code = (
         "import json, setuptools; from distutils.core import run_setup\n"
         "d = run_setup('setup.py', stop_after='init')\n"
-        "print(json.dumps([d.metadata.version, d.packages, d.install_requires, d.extras_require]))"
+        "print(json.dumps([d.metadata.version, d.packages, d.install_requires, d.extras_require,"
+        " d.python_requires]))"
     )
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(folder)!r})\n{code}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    keys = ("version", "packages", "install_requires", "extras_require")
+    keys = ("version", "packages", "install_requires", "extras_require", "python_requires")
     return dict(zip(keys, json.loads(done.stdout)))
 
 
@@ -255,6 +259,36 @@ def test_every_direct_dependency_is_pinned_once(installer, metadata):
     needed = metadata["install_requires"] + metadata["extras_require"]["dev"]
     needed += re.findall(r'"(.+?)"', block) + ["torch", "torchvision", "opencv-python-headless"]
     assert names(needed) <= names(pins)
+
+
+def test_python_is_the_oldest_that_all_pinned_versions_take(metadata):
+    """By what the installed ones of them declare."""
+    minors = range(5, 30)
+    constraints = (ROOT / "constraints.txt").read_text()
+    for name, version in re.findall(r"^([\w.-]+)==(.+)$", constraints, re.MULTILINE):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            package = importlib.metadata.metadata(name)
+            if package["Version"] == version and "Requires-Python" in package:
+                allowed = SpecifierSet(package["Requires-Python"])
+                minors = [minor for minor in minors if f"3.{minor}.99" in allowed]
+    oldest = min(minors)
+    assert metadata["python_requires"] == f">=3.{oldest}"
+    assert f'target-version = "py3{oldest}"' in (ROOT / "pyproject.toml").read_text()
+    assert f"\nPython 3.{oldest}" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_make_names_the_python_that_it_needs(tmp_path):
+    older = tmp_path / "python"
+    older.write_text(
+        f"#!/bin/sh\nexec {sys.executable} -c 'import sys; sys.version_info = (3, 10)\n"
+        'exec(sys.argv[1])\' "$2"\n'
+    )
+    older.chmod(0o755)
+    command = ["make", "env", f"VENV={tmp_path / 'venv'}", f"PYTHON={older}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "nl_detectron needs Python 3.11 or newer" in done.stderr
+    assert not (tmp_path / "venv").exists()
 
 
 @pytest.mark.parametrize("target", ["lint", "test", "demo"])
