@@ -31,9 +31,9 @@ _MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 class FlatBatchNorm2d(nn.BatchNorm2d):
     """Batch norm of a map whose positions are one axis, (N, C, P).
 
-    PyTorch's batch norm on a CPU (2.15) may take a 4-D or 5-D map with an axis of length 1 for one of
-    another memory layout; its gradients are then wrong, and nothing says so. A 3-D map has one
-    layout. The class remains a ``BatchNorm2d`` for detectron2's ``freeze()``.
+    PyTorch's batch norm on a CPU (2.15) may mistake the memory layout of a 4-D or 5-D map that has
+    an axis of length 1; the gradients are then silently wrong. A 3-D map has one layout only. The
+    class is a ``BatchNorm2d`` so that detectron2's ``freeze()`` knows it.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
