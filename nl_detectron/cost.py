@@ -61,7 +61,7 @@ def block_cost(
         block.to_empty(device=device)
         x = torch.empty(shape, device=device, requires_grad=True)
         theta, phi, g, _ = block._embed(x)
-        path = block.path or ops.choose_path(block.pairwise, theta, phi, g)
+        path = block.path or ops.choose_path(block.pairwise, theta, phi, g, block.scale)
         del theta, phi, g
         saved = saved_bytes(block, x)[0]
         with _LiveTensors() as live:

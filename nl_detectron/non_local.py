@@ -177,7 +177,7 @@ class NonLocalBlock(CNNBlockBase):
     def pool_window(self, size: Sequence[int]) -> list[int]:
         """Positions that one key covers along each axis of a map of this size, such as (H, W)."""
         # A map narrower than the stride is pooled to one position, not to none.
-        window = [min(self.subsample, length) for length in size]
+        window = [_at_most(length, self.subsample) for length in size]
         if self.dim == 3:
             window[0] = 1
         return window
@@ -277,6 +277,11 @@ def insert_after(parent: nn.Module, after: str, name: str, module: nn.Module) ->
         parent.add_module(child_name, child)
         if child_name == after:
             parent.add_module(name, module)
+
+
+def _at_most(length: Any, limit: int) -> Any:
+    # In a trace a length is a tensor, and a comparison in Python would hold for that size alone.
+    return length.clamp(max=limit) if isinstance(length, Tensor) else min(length, limit)
 
 
 def _check(name: str, value: object, allowed: tuple) -> None:

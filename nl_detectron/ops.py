@@ -24,6 +24,8 @@ Paper: `Non-local Neural Networks`, Sec. 3.2, https://arxiv.org/abs/1711.07971
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -94,7 +96,7 @@ def embedded_gaussian(
     Raises:
         ValueError: unknown ``path``.
     """
-    path = path or choose_path("embedded_gaussian", theta, phi, g)
+    path = path or choose_path("embedded_gaussian", theta, phi, g, scale)
     _check_path("embedded_gaussian", path)
     phi, g = _zero_masked(key_mask, phi, g)
     compute = {
@@ -133,10 +135,15 @@ def dot_product(
     path = path or choose_path("dot_product", theta, phi, g)
     _check_path("dot_product", path)
     phi, g = _zero_masked(key_mask, phi, g)
-    g = g / _number_of_keys(g, key_mask)
-    if path == "linear":
-        return theta @ (phi.transpose(-2, -1) @ g)
-    return (theta @ phi.transpose(-2, -1)) @ g
+    dtype = g.dtype
+    with paths.no_autocast(theta):
+        theta, phi, g = _in_one_dtype(theta, phi, g)
+        g = g / _number_of_keys(g, key_mask)
+        if path == "linear":
+            y = theta @ (phi.transpose(-2, -1) @ g)
+        else:
+            y = (theta @ phi.transpose(-2, -1)) @ g
+    return y.to(dtype)
 
 
 def concatenation(
@@ -169,31 +176,56 @@ def concatenation(
     path = path or choose_path("concatenation", theta, phi, g)
     _check_path("concatenation", path)
     phi, g = _zero_masked(key_mask, phi, g)
-    g = g / _number_of_keys(g, key_mask)
-    a, b = _concatenation_terms(theta, phi, w_f)
-    return (paths.sorted_relu_sum if path == "sorted" else paths.relu_sum)(a, b, g)
+    dtype = g.dtype
+    with paths.no_autocast(theta):
+        theta, phi, g, w_f = _in_one_dtype(theta, phi, g, w_f)
+        g = g / _number_of_keys(g, key_mask)
+        a, b = _concatenation_terms(theta, phi, w_f)
+        if path == "sorted":
+            y = paths.sorted_relu_sum(a, b, g, key_mask)
+        else:
+            y = paths.relu_sum(a, b, g)
+    return y.to(dtype)
 
 
-def choose_path(pairwise: str, theta: Tensor, phi: Tensor, g: Tensor) -> str:
+def choose_path(pairwise: str, theta: Tensor, phi: Tensor, g: Tensor, scale: bool = True) -> str:
     """The path that an operation takes by itself, one of ``PATHS[pairwise]``.
 
     A program that is compiled, exported or traced serves many sizes: there the choice does not
     depend on Q and K.
+
+    Args:
+        pairwise: one of :data:`PAIRWISE`.
+        theta: as the operation takes it.
+        phi: likewise.
+        g: likewise.
+        scale: as in :func:`embedded_gaussian`; the other forms have no scale.
     """
-    compiling = torch.compiler.is_compiling() or torch.jit.is_tracing()
     (_, queries, width), (_, keys, value_width) = theta.shape, g.shape
     if pairwise == "dot_product":
         multiplications = (queries + keys) * width * value_width
-        if compiling or multiplications <= queries * keys * (width + value_width):
+        if paths.compiling() or multiplications <= queries * keys * (width + value_width):
             return "linear"
         return "textbook"
-    if not compiling and queries * keys <= MAX_TEXTBOOK_PAIRS:
-        return "textbook"
     if pairwise == "concatenation":
-        return "sorted"
-    # Fused kernels want one width for all; filled up with zeros, narrow values cost more than they
-    # save. (But a loop over blocks cannot be compiled for many sizes.)
-    return "fused" if compiling or width == value_width else "blocked"
+        if paths.compiling() or queries * keys > MAX_TEXTBOOK_PAIRS:
+            return "sorted"
+        return "textbook"
+    if paths.compiling():
+        return "fused"
+    # Unscaled softmaxes saturate, where the gradients of "fused" are not exact; on CUDA, those of a
+    # scaled one are left to its kernels, which float64 has not.
+    scaled = scale and pairwise == "embedded_gaussian"
+    needs_gradient = torch.is_grad_enabled() and (
+        theta.requires_grad or phi.requires_grad or g.requires_grad
+    )
+    if theta.is_cuda and theta.dtype != torch.float64 and (scaled or not needs_gradient):
+        return "fused"
+    if queries * keys <= MAX_TEXTBOOK_PAIRS:
+        return "textbook"
+    # On a CPU, fused kernels want one width for all; filled up with zeros, narrow values cost more
+    # than they save.
+    return "fused" if width == value_width and not needs_gradient else "blocked"
 
 
 def attention(
@@ -229,13 +261,14 @@ def attention(
     if pairwise in ("gaussian", "embedded_gaussian"):
         return paths.softmax(theta, phi, scale and pairwise == "embedded_gaussian", key_mask)
     theta, phi = paths.at_least_float32(theta), paths.at_least_float32(phi)
-    if pairwise == "dot_product":
-        affinity = theta @ phi.transpose(-2, -1)
-    elif w_f is None:
-        raise ValueError("pairwise 'concatenation' needs w_f, a (2D,) tensor, got None")
-    else:
-        a, b = _concatenation_terms(theta, phi, paths.at_least_float32(w_f))
-        affinity = (a[:, :, None] + b[:, None, :]).relu()
+    with paths.no_autocast(theta):
+        if pairwise == "dot_product":
+            affinity = theta @ phi.transpose(-2, -1)
+        elif w_f is None:
+            raise ValueError("pairwise 'concatenation' needs w_f, a (2D,) tensor, got None")
+        else:
+            a, b = _concatenation_terms(theta, phi, paths.at_least_float32(w_f))
+            affinity = (a[:, :, None] + b[:, None, :]).relu()
     if key_mask is not None:
         affinity = affinity.masked_fill(~key_mask[:, None, :], 0.0)
     return affinity / _number_of_keys(phi, key_mask)
@@ -247,6 +280,17 @@ def _concatenation_terms(theta: Tensor, phi: Tensor, w_f: Tensor) -> tuple[Tenso
     return (theta @ w_theta)[..., 0], (phi @ w_phi)[..., 0]
 
 
+def _in_one_dtype(*tensors: Tensor) -> list[Tensor]:
+    """Promote to one dtype, float16 to float32.
+
+    Sums over thousands of positions, and the share that each has in a mean, leave the range of
+    float16 at either end; so do the sums over queries in the backward pass.
+    """
+    dtype = functools.reduce(torch.promote_types, [t.dtype for t in tensors])
+    dtype = torch.float32 if dtype == torch.float16 else dtype
+    return [t.to(dtype) for t in tensors]
+
+
 def _zero_masked(key_mask: Tensor | None, *keys: Tensor) -> tuple[Tensor, ...]:
     """Set left-out keys to zero: an inf or nan there would pass a weight of 0."""
     if key_mask is None:
@@ -255,10 +299,7 @@ def _zero_masked(key_mask: Tensor | None, *keys: Tensor) -> tuple[Tensor, ...]:
 
 
 def _number_of_keys(keys: Tensor, key_mask: Tensor | None) -> Tensor | int:
-    """C(x) of the forms without a softmax, at least 1; a number, or one per sample, (N, 1, 1).
-
-    g is divided by it before the sum over keys: in half precision the bare sum may overflow.
-    """
+    """C(x) of the forms without a softmax, at least 1; a number, or one per sample, (N, 1, 1)."""
     if key_mask is None:
         return max(keys.shape[1], 1)
     return key_mask.sum(dim=-1).clamp(min=1)[:, None, None].to(keys.dtype)

@@ -101,6 +101,26 @@ def block(
     return x + conv(y, weights["conv_out.weight"], weights["conv_out.bias"])
 
 
+def plain_operation(theta, phi, g, pairwise: str, scale=True, w_f=None, key_mask=None) -> Tensor:
+    """:func:`operation` as products of whole matrices, for its gradients by autograd."""
+    if pairwise == "concatenation":
+        w_theta, w_phi = w_f.chunk(2)
+        f = ((theta @ w_theta)[:, :, None] + (phi @ w_phi)[:, None, :]).relu()
+    else:
+        f = theta @ phi.transpose(1, 2)
+    if pairwise in ("gaussian", "embedded_gaussian"):
+        if scale and pairwise == "embedded_gaussian":
+            f = f * theta.shape[2] ** -0.5
+        if key_mask is not None:
+            f = f.masked_fill(~key_mask[:, None, :], float("-inf"))
+        return f.softmax(dim=2).nan_to_num(0.0) @ g  # nan: a row without keys
+    number = torch.full((len(g), 1, 1), g.shape[1], dtype=g.dtype)
+    if key_mask is not None:
+        f = f * key_mask[:, None, :]
+        number = key_mask.sum(1)[:, None, None].to(g.dtype)
+    return f @ g / number.clamp(min=1)
+
+
 def plain_block(
     x: Tensor,
     weights: dict[str, Tensor],
@@ -143,17 +163,9 @@ def plain_block(
         phi, g = embed("phi", pool(x)), conv("g", pool(x))
     else:
         phi, g = pool(embed("phi", x)), pool(conv("g", x))
-    theta, phi, g = rows(embed("theta", x)), rows(phi), rows(g)
-    if pairwise == "concatenation":
-        w_theta, w_phi = weights["concat_project.weight"].flatten().chunk(2)
-        f = ((theta @ w_theta)[:, :, None] + (phi @ w_phi)[:, None, :]).relu() / g.shape[1]
-    elif pairwise == "dot_product":
-        f = theta @ phi.transpose(1, 2) / g.shape[1]
-    else:
-        factor = theta.shape[2] ** -0.5 if scale and pairwise == "embedded_gaussian" else 1
-        f = (theta @ phi.transpose(1, 2) * factor).exp()
-        f = f / f.sum(dim=2, keepdim=True)
-    y, size = f @ g, x.shape[2:]
+    w_f = weights["concat_project.weight"].flatten() if pairwise == "concatenation" else None
+    y = plain_operation(rows(embed("theta", x)), rows(phi), rows(g), pairwise, scale, w_f)
+    size = x.shape[2:]
     if axes == "time":
         y = y.view(x.shape[0], *size[1:], size[0], -1).movedim(3, 1).movedim(-1, 1)
     else:
