@@ -167,9 +167,9 @@ def plain_block(
     y = plain_operation(rows(embed("theta", x)), rows(phi), rows(g), pairwise, scale, w_f)
     size = x.shape[2:]
     if axes == "time":
-        y = y.view(x.shape[0], *size[1:], size[0], -1).movedim(3, 1).movedim(-1, 1)
+        y = y.view(x.shape[0], *size[1:], size[0], g.shape[1]).movedim(3, 1).movedim(-1, 1)
     else:
-        y = y.view(x.shape[0], *size, -1).movedim(-1, 1)
+        y = y.view(x.shape[0], *size, g.shape[1]).movedim(-1, 1)
     w_y = conv("conv_out", y.contiguous())
     if norm:
         w_y = plain_norm(w_y, weights, norm, training)

@@ -291,33 +291,6 @@ def test_activation_checkpoint(pairwise, norm):
     assert_close(dict(block.named_buffers()), dict(other.named_buffers()))
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("norm", ["", "BN", "GN"])
-@pairwises
-def test_compiled_exported_traced(pairwise, norm):
-    torch.compiler.reset()
-    block = make(32, pairwise=pairwise, subsample=2, norm=norm).float()
-    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
-    for size in ((7, 5), (23, 31)):
-        x = torch.randn(N, 32, *size, requires_grad=True)
-        statistics = copy.deepcopy(block.state_dict())
-        y = compiled(x)
-        (gradient,) = torch.autograd.grad(y.square().mean(), x)
-        block.load_state_dict(statistics)
-        expected = block(x)
-        assert_close(y, expected)
-        assert_close(gradient, torch.autograd.grad(expected.square().mean(), x)[0])
-    block.eval()
-    sizes = {2: torch.export.Dim("h", min=4, max=999), 3: torch.export.Dim("w", min=4, max=999)}
-    # Traced where the paths are lean, and used where they would need more blocks
-    x, traced_x, other = (torch.randn(1, 32, *size) for size in ((7, 5), (40, 60), (64, 96)))
-    exported = torch.export.export(block, (x,), dynamic_shapes={"x": sizes})
-    traced = torch.jit.trace(block, traced_x)
-    with torch.no_grad():
-        for program in (exported.module(), traced):
-            assert_close(program(other), block(other))
-
-
 @pytest.mark.parametrize("factor", [1, 16, 256])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pairwises
