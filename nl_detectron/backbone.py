@@ -25,7 +25,8 @@ def insert_non_local_blocks(
     """Insert non-local blocks into the stages of a ResNet-like backbone, in place.
 
     A block after residual block ``i`` becomes the child ``non_local{i}`` of the stage, behind its
-    child ``i``. No stock child is renamed, so stock checkpoints keep loading.
+    child ``i``. No stock child is renamed, so stock checkpoints keep loading. A block in a stage
+    that is frozen already, by ``freeze_at`` for one, trains all the same.
 
     Args:
         resnet: a detectron2 ``ResNet``, or any backbone whose stages run their children in order,
@@ -35,7 +36,7 @@ def insert_non_local_blocks(
         block_options: arguments of :class:`~nl_detectron.NonLocalBlock`, the same for all blocks.
 
     Raises:
-        ValueError: a stage that is not built or is frozen, an index out of range or given twice.
+        ValueError: a stage that is not built, an index out of range or given twice.
     """
     places = [
         place
@@ -122,11 +123,6 @@ def _places(
     if taken:
         raise ValueError(
             f"{where}: more than one non-local block after block {taken[0]}, got {indices}"
-        )
-    if not any(p.requires_grad for p in stage.parameters()):
-        raise ValueError(
-            f"{where}: {stage_name} is frozen, so a block in it could never train. Lower freeze_at "
-            f"(config key MODEL.BACKBONE.FREEZE_AT) or choose a later stage."
         )
     return [(stage, i, names[i]) for i in positions]
 
