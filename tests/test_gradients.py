@@ -114,3 +114,15 @@ def test_every_gradient(pairwise, path, norm, dim):
                     for layouts in LAYOUTS:
                         got = run(block, *map(in_memory, (x, dy), layouts))
                         compare(got, expected, size, options, batch, training, layouts)
+
+
+@norms
+@pytest.mark.parametrize("pairwise", ops.PAIRWISE)
+def test_every_gradient_with_activation_checkpoint(pairwise, norm):
+    block = make(2, norm, pairwise, subsample=2, activation_checkpoint=True)
+    buffers = {name: b.clone() for name, b in block.named_buffers()}
+    x, dy = torch.randn(2, 2, C, 5, 7).double()
+    expected = expect(block, x, dy, pairwise=pairwise, subsample=2, norm=norm)
+    compare(run(block, x, dy), expected)
+    if "BN" in norm:  # updated once, though the block is computed twice
+        assert block.norm.num_batches_tracked == buffers["norm.num_batches_tracked"] + 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
@@ -189,18 +188,23 @@ def test_3d_with_one_frame_is_2d(pairwise):
 
 
 @pairwises
-def test_axes_are_blocks_of_lower_dimension(pairwise):
-    x, (t, h, w) = sample(3), MAPS[3]
-    space, time = (make(dim=3, pairwise=pairwise, axes=axes) for axes in ("space", "time"))
-    frames, places = make(pairwise=pairwise), make(dim=1, pairwise=pairwise)
-    frames.load_state_dict({k: v.view(v.shape[:4]) for k, v in space.state_dict().items()})
-    places.load_state_dict({k: v.view(v.shape[:3]) for k, v in time.state_dict().items()})
-    expected = torch.stack([frames(x[:, :, i]) for i in range(t)], dim=2)
-    assert_close(space(x), expected)
-    assert_close(space.attention(x)[t], frames.attention(x[1:, :, 0])[0])
-    columns = [torch.stack([places(x[..., i, j]) for j in range(w)], -1) for i in range(h)]
-    assert_close(time(x), torch.stack(columns, dim=-2))
-    assert_close(time.attention(x)[h * w + 1], places.attention(x[1:, :, :, 0, 1])[0])
+@pytest.mark.parametrize("axes", ["space", "time"])
+def test_attention_within_a_frame_or_a_place(axes, pairwise):
+    block, x = make(dim=3, pairwise=pairwise, axes=axes), sample(3)
+    attention, (t, h, w) = block.attention(x), MAPS[3]
+    if axes == "space":  # the last frame of the second map
+        attention, positions = attention[t + t - 1], x[1, :, t - 1]
+    else:  # the second place of the second map
+        attention, positions = attention[h * w + 1], x[1, :, :, 0, 1]
+    rows = positions.flatten(1).T
+    theta = phi = rows[None]
+    if pairwise != "gaussian":
+        theta, phi = (
+            (rows @ conv.weight.flatten(1).T + conv.bias)[None] for conv in (block.theta, block.phi)
+        )
+    w_f = block.concat_project.weight.flatten() if pairwise == "concatenation" else None
+    identity = torch.eye(len(rows), dtype=torch.float64)[None]
+    assert_close(attention, oracles.operation(theta, phi, identity, pairwise, w_f=w_f)[0])
 
 
 @dims
@@ -228,7 +232,10 @@ def test_group_norm_has_32_groups():
 @norms
 def test_freeze(norm, dim):
     block, x = make(32, dim=dim, norm=norm), sample(dim, c=32)
-    expected = block.eval()(x)
+    for buffer in block.buffers():
+        if buffer.is_floating_point():
+            buffer += 0.5
+    expected = oracles.plain_block(x, block.state_dict(), block.pairwise, norm=norm)
     block.freeze().train()
     buffers = copy.deepcopy(list(block.buffers()))
     assert_close(block(x), expected)
@@ -236,28 +243,15 @@ def test_freeze(norm, dim):
     assert_close(list(block.buffers()), buffers)
 
 
-@pytest.mark.parametrize("options", [{}, {"subsample": 2}, {"norm": "BN"}], ids=str)
+@pytest.mark.parametrize("norm", non_local.NORMS)
 @pairwises
-def test_channels_last(pairwise, options):
-    block, x = make(pairwise=pairwise, **options), sample(2)
-    expected = block(x)
-    assert expected.is_contiguous()
-    block.to(memory_format=torch.channels_last)
-    y = block(x.to(memory_format=torch.channels_last))
-    assert_close(y, expected)
-    assert y.is_contiguous(memory_format=torch.channels_last)
-
-
-@dims
-def test_norm_with_constant_statistics_learns(dim):
-    block, x = make(dim=dim, norm="BN").eval(), sample(dim)
-    norm = [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d][dim - 1](C).double().eval()
-    norm.load_state_dict(block.norm.state_dict())
-    expected = x + norm(block.conv_out(block._respond(x)))
-    shared = [p for name, p in block.named_parameters() if not name.startswith("norm")]
-    dy = torch.randn_like(x)
-    gradients = torch.autograd.grad(block(x), [*shared, *block.norm.parameters()], dy)
-    assert_close(gradients, torch.autograd.grad(expected, [*shared, *norm.parameters()], dy))
+def test_memory_layout_of_the_map_is_kept(pairwise, norm):
+    block, x = make(32, pairwise=pairwise, subsample=2, norm=norm), sample(2, c=32)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        block.to(memory_format=memory_format)
+        for mode in (block.train(), block.eval()):
+            y = mode(x.to(memory_format=memory_format))
+            assert y.is_contiguous(memory_format=memory_format)
 
 
 def saved_bytes(function, *args):
@@ -275,20 +269,12 @@ def saved_bytes(function, *args):
 
 @pytest.mark.parametrize("norm", ["", "BN"])
 @pairwises
-def test_activation_checkpoint(pairwise, norm):
+def test_activation_checkpoint_saves_less(pairwise, norm):
     block, x = make(pairwise=pairwise, norm=norm), sample(2).requires_grad_()
     other = NonLocalBlock(C, pairwise=pairwise, norm=norm, activation_checkpoint=True).double()
     other.load_state_dict(block.state_dict())
-    (more, expected), (less, y) = saved_bytes(block, x), saved_bytes(other, x)
+    (more, _), (less, _) = saved_bytes(block, x), saved_bytes(other, x)
     assert less < 0.6 * more
-    assert_close(y, expected)
-    y.square().mean().backward()
-    gradient, x.grad = x.grad, None
-    expected.square().mean().backward()
-    assert_close(gradient, x.grad)
-    for p, q in zip(block.parameters(), other.parameters()):
-        assert_close(p.grad, q.grad)
-    assert_close(dict(block.named_buffers()), dict(other.named_buffers()))
 
 
 @pytest.mark.parametrize("factor", [1, 16, 256])
@@ -306,7 +292,9 @@ def test_half_precision(pairwise, dtype, factor):
     weights = {k: v.double() for k, v in block.state_dict().items()}
     expected = oracles.block(x.double(), weights, pairwise, subsample=2)
     size = (expected - x).abs().max() + x.abs().max()
-    if (pairwise, dtype, factor) != ("dot_product", torch.float16, 256):  # y is beyond float16
+    if (pairwise, dtype, factor) == ("dot_product", torch.float16, 256):
+        assert y.isinf().any()  # the response, before conv_out, is beyond float16
+    else:
         assert_close(y.double(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps * size.item())
     with torch.autocast("cpu", torch.bfloat16):
         y = block.float()(x.float())
@@ -315,9 +303,10 @@ def test_half_precision(pairwise, dtype, factor):
     )
 
 
+@pytest.mark.parametrize("scale", [True, False])
 @pairwises
-def test_attention(pairwise):
-    block, x = make(pairwise=pairwise, subsample=2), sample(2)
+def test_attention(pairwise, scale):
+    block, x = make(pairwise=pairwise, scale=scale, subsample=2), sample(2)
     attention = block.attention(x)
     assert attention.shape == (N, 5 * 7, 2 * 3)
     keys = oracles.max_pool(x, 2)
@@ -328,7 +317,7 @@ def test_attention(pairwise):
     w_f = block.concat_project.weight.flatten() if pairwise == "concatenation" else None
     identity = torch.eye(6, dtype=torch.float64).expand(N, 6, 6)
     rows = [t.flatten(2).transpose(1, 2) for t in (theta, phi)]
-    assert_close(attention, oracles.operation(*rows, identity, pairwise, w_f=w_f))
+    assert_close(attention, oracles.operation(*rows, identity, pairwise, scale, w_f))
 
 
 @pairwises
@@ -339,28 +328,19 @@ def test_attention_of_chosen_queries(pairwise):
 
 
 @pytest.mark.parametrize(
-    ("dim", "subsample", "size", "window"),
+    ("dim", "subsample", "size", "window", "keys"),
     [
-        (1, 2, (7,), [2]),
-        (2, 3, (5, 2), [3, 2]),
-        (3, 2, (7, 5, 1), [1, 2, 1]),
-        (2, 1, (5, 7), [1, 1]),
+        (1, 2, (7,), [2], 3),
+        (2, 3, (5, 2), [3, 2], 1),
+        (3, 2, (7, 5, 1), [1, 2, 1], 14),
+        (2, 1, (5, 7), [1, 1], 35),
     ],
 )
-def test_pool_window(dim, subsample, size, window):
+def test_pool_window(dim, subsample, size, window, keys):
     block = make(dim=dim, subsample=subsample)
     assert block.pool_window(size) == window
-    keys = block.attention(torch.randn(1, C, *size).double(), torch.tensor([0])).shape[-1]
-    assert keys == math.prod(length // w for length, w in zip(size, window))
-
-
-def test_attention_has_no_scale_where_the_block_has_none():
-    block, x = make(scale=False), sample(2)
-    affinity = block.attention(x).log()  # up to a constant of each row
-    scaled = make(scale=True)
-    scaled.load_state_dict(block.state_dict())
-    scaled = scaled.attention(x).log() * D**0.5
-    assert_close(affinity - affinity[..., :1], scaled - scaled[..., :1])
+    row = block.attention(torch.randn(1, C, *size).double(), torch.tensor([0]))
+    assert row.shape == (1, 1, keys)
 
 
 @pytest.mark.parametrize(
