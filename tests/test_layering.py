@@ -81,9 +81,8 @@ def test_imports_run_one_way(module):
     "path", [PACKAGE / "paths.py", PACKAGE / "ops.py", ROOT / "tests" / "oracles.py"]
 )
 def test_science_and_its_oracles_need_torch_alone(path):
-    standard = {"__future__", "collections", "contextlib", "itertools", "typing"}
     own = {"nl_detectron"} if path.stem == "ops" else set()  # its paths
-    assert packages(path) - standard == {"torch"} | own
+    assert packages(path) - sys.stdlib_module_names == {"torch"} | own
 
 
 def test_weights_stand_alone():
