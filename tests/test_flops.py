@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fvcore.nn import FlopCountAnalysis
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nl_detectron import NonLocalBlock, ops
@@ -48,6 +50,17 @@ def test_counters(pairwise, path):
     if path == "blocked":  # fvcore traces, and a trace is not fixed to the blocks of a size
         expected = N * EXPECTED[pairwise, "fused"]
     assert analysis.unsupported_ops_warnings(False).total() == expected
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_attention_with_values_of_another_width():
+    class Attention(nn.Module):
+        def forward(self, theta, phi, g):
+            return F.scaled_dot_product_attention(theta, phi, g)
+
+    rows = torch.randn(2, 3, 5, 7), torch.randn(2, 3, 11, 7), torch.randn(2, 3, 11, 13)
+    analysis = FlopCountAnalysis(Attention(), rows).set_op_handle(**FVCORE_HANDLES)
+    assert analysis.total() == 2 * 3 * (5 * 7 * 11 + 5 * 11 * 13)
 
 
 def test_all_paths_are_counted():
