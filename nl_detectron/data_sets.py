@@ -74,7 +74,11 @@ def check_data_sets(cfg: CfgNode, training: bool, model: Mapping[str, Any]) -> N
                 where = f"--{split.lower()}-json {MetadataCatalog.get(name).json_file}"
             if cfg.MODEL.KEYPOINT_ON and not metadata.get("keypoint_names"):
                 raise ValueError(f"MODEL.KEYPOINT_ON, but {where} names no keypoints")
-            check_names(cfg, metadata, where, model)
+            try:
+                check_names(cfg, metadata, where, model)
+            except ValueError as error:
+                trained_on = f", which is trained on {cfg.DATASETS.TRAIN[0]}" * training
+                raise ValueError(f"{error}{trained_on}") from error
             model = model or metadata
     if cfg.MODEL.KEYPOINT_ON and cfg.DATASETS.TEST:
         num_keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
@@ -82,7 +86,8 @@ def check_data_sets(cfg: CfgNode, training: bool, model: Mapping[str, Any]) -> N
         if num_keypoints != num_sigmas:
             raise ValueError(
                 f"TEST.KEYPOINT_OKS_SIGMAS has {num_sigmas} values, but the model has "
-                f"{num_keypoints} keypoints: give one for each, such as 0.05 for all"
+                f"{num_keypoints} keypoints; give one for each, such as "
+                f'"({",".join(["0.05"] * num_keypoints)})"'
             )
 
 

@@ -111,9 +111,11 @@ def check_names(
         names = found.get(key)
         if not names:
             continue
+        known = (model or {}).get(key)
+        number = len(known) if known else number
         if len(names) != number:
             raise ValueError(f"{where} has {len(names)} {what}, but the model has {number}")
-        for i, (own, other) in enumerate(zip((model or {}).get(key) or names, names), start=1):
+        for i, (own, other) in enumerate(zip(known or names, names), start=1):
             if own != other:
                 raise ValueError(
                     f"the {what} of {where} are not the model's: number {i} is {other!r} there, "

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from detectron2.modeling import build_model
 
+from nl_detectron.config import load_config
 from nl_detectron.launch import launch
 from tests.running import QUICK, ROOT, TINY, load_tool, own_data_arguments, run
 
@@ -45,6 +48,40 @@ def test_no_blocks(own_data, tmp_path):
     args = ab.parse_args([str(argument) for argument in arguments])
     with pytest.raises(SystemExit, match="Base-RCNN-FPN.yaml has no blocks to leave out"):
         launch(ab.main, args, ab.check)
+
+
+@pytest.fixture
+def launch_ab(own_data, tmp_path):
+    def launch_ab(*options, flags=(), main=None):
+        ab = load_tool("ab")
+        words = ["--config-file", CONFIG, *own_data_arguments(own_data, "train", "test")]
+        words += [*flags, "OUTPUT_DIR", tmp_path, *TINY, "TEST.EVAL_PERIOD", "0", *options]
+        launch(main or ab.main, ab.parse_args([str(word) for word in words]), ab.check)
+
+    return launch_ab
+
+
+def test_nothing_detected(launch_ab, tmp_path, capsys):
+    launch_ab("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "1.1")
+    numbers = json.loads((tmp_path / "ab.json").read_text())
+    zeros = {"bbox": 0.0, "segm": 0.0}
+    assert numbers["ap"] == dict.fromkeys(("stock", "non_local", "difference"), zeros)
+    stock, non_local, difference = capsys.readouterr().out.splitlines()[-6:-3]
+    assert stock.split() == ["stock", "0.0", "0.0"]
+    assert non_local.split() == ["non-local", "0.0", "0.0"]
+    assert difference.split() == ["difference", "+0.0", "+0.0"]
+
+
+def test_weights_with_trained_blocks(launch_ab, tmp_path):
+    """The stock twin would lose them, and be a network that no one has trained."""
+    model = build_model(load_config(CONFIG, [*TINY, "MODEL.ROI_HEADS.NUM_CLASSES", "1"]))
+    weights = tmp_path / "trained.pth"
+    torch.save({"model": model.state_dict()}, weights)
+    with pytest.raises(SystemExit, match="holds non-local blocks .* --strip-blocks"):
+        launch_ab("MODEL.WEIGHTS", weights)
+    began = []
+    launch_ab("MODEL.WEIGHTS", weights, flags=["--strip-blocks"], main=began.append)
+    assert began
 
 
 @pytest.mark.parametrize("option", ["--resume", "--eval-only"])

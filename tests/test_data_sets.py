@@ -209,9 +209,7 @@ class TestTrainedModel:
         read(*changed("train", "cat", "dog"), *weights)
 
     def test_coco_for_a_custom_model(self, coco, weights, read):
-        with pytest.raises(
-            ValueError, match="coco_2017_val in .* number 1 is 'person' there, 'cat'"
-        ):
+        with pytest.raises(ValueError, match="coco_2017_val in .* has 80 classes, .* model has 2"):
             read("--eval-only", *weights(thing_classes=["cat", "dog"]))
 
     @pytest.mark.parametrize(

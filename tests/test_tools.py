@@ -143,6 +143,16 @@ class TestTrainNet:
         assert model["roi_heads.box_predictor.cls_score.weight"].shape[0] == 1 + 1
         assert model["roi_heads.keypoint_head.score_lowres.weight"].shape[1] == 2
 
+        # A new process knows what was stored, and finds the AP that the training found.
+        command = ["tools/train_net.py", "--config-file", self.CONFIG, "--eval-only"]
+        command += [*own_data_arguments(own_data, "test"), "OUTPUT_DIR", tmp_path / "again", *TINY]
+        done = run(*command, "MODEL.WEIGHTS", tmp_path / "model_final.pth")
+        assert done.returncode == 0, done.stderr
+        rows = [line.split(": ")[-1] for line in done.stdout.splitlines() if "copypaste" in line]
+        for task in ("bbox", "keypoints"):
+            ap = rows[rows.index(task) + 2].split(",")[0]
+            assert float(ap) == pytest.approx(logged[f"{task}/AP"], abs=1e-4)
+
     def test_two_processes_take_the_step_of_one(self, own_data, tmp_path):
         """RPN alone: the heads' losses are means over samples whose number differs by image."""
         options = [*TINY, "MODEL.META_ARCHITECTURE", "ProposalNetwork", "SOLVER.MAX_ITER", "1"]
