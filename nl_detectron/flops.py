@@ -1,4 +1,4 @@
-"""Count the fused attention with fvcore, which knows its operator not and takes it for nothing."""
+"""Count fused attention with fvcore, which has no handle for its operator and counts it as zero."""
 
 from __future__ import annotations
 
