@@ -131,6 +131,7 @@ class Canvas:
             edgecolor=color,
             linewidth=1,
             path_effects=HALO,
+            clip_on=False,  # whole also at the border of the image
         )
         self.axes.add_patch(outline)
         return outline

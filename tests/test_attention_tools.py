@@ -205,11 +205,13 @@ def test_block_health_of_random_weights(command, capsys):
     assert "1 images done, 0 skipped" in capsys.readouterr().out
 
 
-def test_block_health(command, capsys):
+def test_block_health(files, command, capsys):
+    Image.new("RGB", (4000, 1)).save(files / "images" / "too_flat_to_be_resized.png")
     command("block_health", "")
     stdout, stderr = capsys.readouterr()
-    assert "1 images done, 1 skipped" in stdout
+    assert "1 images done, 2 skipped" in stdout
     assert "broken.png" in stderr
+    assert "too_flat_to_be_resized.png" in stderr
     table = [line.strip("| ").split(" | ") for line in stdout.splitlines() if "non_local" in line]
     assert [row[0] for row in table] == [
         "backbone.bottom_up.res4.non_local4",

@@ -53,7 +53,10 @@ def main(argv: list[str] | None = None) -> None:
     watch = watch_health(predictor.model, lambda name, health: measured[name].append(health))
     with quiet_detectron2(), watch:
         for frame in tqdm(images, unit="image"):
-            predictor(frame.image)
+            try:
+                predictor(frame.image)
+            except (OSError, ValueError) as error:
+                images.skip(frame.name, error)
     report_done(args.input, len(images) - images.skipped, images.skipped)
     print("| block | residual ratio | entropy | query dependence |")
     print("|---|---:|---:|---:|")
