@@ -36,6 +36,7 @@ setup(
         "fvcore",
         "matplotlib",
         "numpy",
+        "opencv-python-headless",  # cv2; opencv-python needs libGL, which servers lack
         "pillow",
         "pyyaml",
         "tqdm",

@@ -5,6 +5,7 @@ Shapes: N samples, Q queries, K keys.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,6 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nl_detectron.attention import find_blocks
 from nl_detectron.non_local import NonLocalBlock
+
+logger = logging.getLogger(__name__)
 
 MAX_SAMPLES, MAX_QUERIES = 8, 64
 
@@ -116,10 +119,10 @@ def watch_health(
 
 
 class BlockHealthHook(HookBase):
-    """Logs the health of all blocks in training, as ``non_local/<block>/<number>``.
+    """Logs the health of all blocks in training: a line each, and ``non_local/<block>/<number>``.
 
-    TensorBoard and metrics.json show it. Between two measurements, nothing is computed. Add it to
-    any detectron2 trainer: ``trainer.register_hooks([BlockHealthHook(100, trainer.model)])``.
+    TensorBoard and metrics.json show the latter. Between two measurements, nothing is computed. Add
+    it to any detectron2 trainer: ``trainer.register_hooks([BlockHealthHook(100, trainer.model)])``.
     """
 
     def __init__(self, period: int, model: nn.Module):
@@ -154,8 +157,11 @@ class BlockHealthHook(HookBase):
 
 
 def _log(name: str, health: BlockHealth) -> None:
+    storage = get_event_storage()
+    numbers = ", ".join(f"{k.replace('_', ' ')} {v:.3g}" for k, v in health._asdict().items())
+    logger.info("iter: %d  %s: %s", storage.iter, name, numbers)
     for key, value in health._asdict().items():
-        get_event_storage().put_scalar(f"non_local/{name}/{key}", value, smoothing_hint=False)
+        storage.put_scalar(f"non_local/{name}/{key}", value, smoothing_hint=False)
 
 
 def _as_distributions(attention: Tensor) -> Tensor:

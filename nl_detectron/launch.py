@@ -65,21 +65,21 @@ def launch(
 
 def _number_of_processes(args: argparse.Namespace, cfg: CfgNode) -> int:
     """Return how many processes to run on this machine."""
+    processes = args.num_processes or args.num_gpus
     if cfg.MODEL.DEVICE == "cpu":
         if args.num_gpus > 1:
             raise ValueError(
                 f"--num-gpus {args.num_gpus}: there is no CUDA device, or MODEL.DEVICE is 'cpu'; "
                 f"--num-processes {args.num_gpus} runs as many processes on the CPU"
             )
-    elif args.num_gpus > torch.cuda.device_count():
+    elif processes > torch.cuda.device_count():
         raise ValueError(
-            f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()} CUDA devices"
+            f"--num-gpus {processes}: this machine has {torch.cuda.device_count()} CUDA devices"
         )
     if args.num_machines > 1 and args.dist_url == "auto":
         raise ValueError(
             f"--dist-url auto finds a port on one machine, got --num-machines {args.num_machines}"
         )
-    processes = args.num_processes or args.num_gpus
     world_size, batch_size = processes * args.num_machines, cfg.SOLVER.IMS_PER_BATCH
     if not cfg.SOLVER.REFERENCE_WORLD_SIZE and batch_size % world_size and not args.eval_only:
         raise ValueError(

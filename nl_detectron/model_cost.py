@@ -90,8 +90,6 @@ def model_rows(configs: Iterable[tuple[str, CfgNode]], load: Load) -> Iterator[s
 
 def block_rows(cfg: CfgNode, load: Load, batch_size: int) -> Iterator[str]:
     """Yield the lines of a Markdown table of the blocks of a model, in training on a batch."""
-    yield "| block | input | path | parameters | GMAC | textbook | saved for backward | peak |"
-    yield "|---|---|---|---:|---:|---:|---:|---:|"
     model = build(cfg)
     shapes: dict[str, list[int]] = {}
     with ExitStack() as hooks:
@@ -104,6 +102,16 @@ def block_rows(cfg: CfgNode, load: Load, batch_size: int) -> Iterator[str]:
 
                 hooks.enter_context(module.register_forward_pre_hook(record))
         run_networks(model, load)
+    if not shapes:
+        yield (
+            f"No non-local blocks: MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME}, "
+            f"MODEL.ROI_KEYPOINT_HEAD.NAME is {cfg.MODEL.ROI_KEYPOINT_HEAD.NAME}"
+        )
+        return
+    yield f"Each block, {batch_size} image(s) in training; peak includes gradients:"
+    yield ""
+    yield "| block | input | path | parameters | GMAC | textbook | saved for backward | peak |"
+    yield "|---|---|---|---:|---:|---:|---:|---:|"
     for name, shape in shapes.items():
         block: Any = model.get_submodule(name)
         cost = block_cost(block, shape, "cuda" if torch.cuda.is_available() else "cpu")

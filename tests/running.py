@@ -38,7 +38,7 @@ def run(*command, hook=False, datasets=None, cwd=ROOT):
         env["DETECTRON2_ENV_MODULE"] = "nl_detectron.env"
     if datasets:
         env["DETECTRON2_DATASETS"] = str(datasets)
-    command = [sys.executable, "-W", "ignore", *map(str, command)]
+    command = [sys.executable, *map(str, command)]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
 
 

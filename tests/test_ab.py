@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -20,6 +21,11 @@ def test_trains_and_compares_twins(own_data, tmp_path):
     command += [*own_data_arguments(own_data, "test"), "OUTPUT_DIR", tmp_path, *TINY]
     done = run(*command, "TEST.EVAL_PERIOD", "0", "SOLVER.MAX_ITER", "3", "SEED", "-1")
     assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stdout + done.stderr
+    assert re.findall("Training .*", done.stdout) == [
+        "Training 1 of 2: stock",
+        "Training 2 of 2: non-local",
+    ]
 
     numbers = json.loads((tmp_path / "ab.json").read_text())
     stock, non_local = (numbers["losses"][twin]["total_loss"] for twin in ("stock", "non_local"))

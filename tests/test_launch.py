@@ -121,7 +121,7 @@ class TestMistakes:
 
     def test_health_of_no_blocks(self, arguments, capfd):
         stock = ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"]
-        message = "it has none at all"
+        message = "the model has no non-local block"
         self.refuse(["--health-period", "1", *arguments, *stock], message, capfd)
 
     def test_faults_of_the_code_keep_their_traceback(self):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import nl_detectron
 from tests.running import ROOT
 
 PACKAGE = ROOT / "nl_detectron"
@@ -110,6 +111,12 @@ def test_detectron2_is_imported_first():
     assert list(imports(path, console)) == ["nl_detectron.console"]
     assert packages(PACKAGE / "console.py") <= sys.stdlib_module_names
     assert list(imports(path, first)) == ["detectron2", "detectron2.modeling"]
+
+
+def test_public_names_are_our_own():
+    """And those of submodules, which Python adds."""
+    names = {name for name in dir(nl_detectron) if not name.startswith("_")}
+    assert names - {*MODULES, "weights"} == set(nl_detectron.__all__)
 
 
 def test_projects_do_not_import_each_other():

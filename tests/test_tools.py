@@ -20,7 +20,7 @@ from detectron2.utils.env import seed_all_rng
 
 from nl_detectron import add_non_local_config
 from nl_detectron.config import load_config, stock_twin
-from nl_detectron.model_cost import Load, count
+from nl_detectron.model_cost import Load, block_rows, count
 from tests.generated_coco import write_coco
 from tests.running import QUICK, ROOT, TINY, load_tool, own_data_arguments, run
 
@@ -132,7 +132,10 @@ class TestTrainNet:
             seen += len(lines)
             logged = {key: value for line in lines for key, value in line.items()}
             assert {"bbox/AP", "keypoints/AP"} <= set(logged)
-            assert logged["non_local/backbone.bottom_up.res4.non_local0/residual_ratio"] > 0
+            ratio = logged["non_local/backbone.bottom_up.res4.non_local0/residual_ratio"]
+            assert ratio > 0
+            line = f"iter: {iterations - 1}  backbone.bottom_up.res4.non_local0: residual ratio"
+            assert f"{line} {ratio:.3g}, entropy 0." in done.stdout
         assert "Starting training from iteration 2" in done.stdout + done.stderr
         checkpoint = torch.load(tmp_path / "model_final.pth", weights_only=True)
         assert checkpoint["metadata"]["keypoint_oks_sigmas"] == [0.1, 0.1]
@@ -191,6 +194,18 @@ class TestTrainNet:
             load_tool("train_net").parse_args(arguments)
         assert exit.value.code == 2
         assert message in capsys.readouterr().err
+
+    @pytest.mark.parametrize("given", [None, "active"])
+    def test_threads_sleep_while_they_wait(self, given, monkeypatch):
+        """As OpenMP itself tells, when the tool imports PyTorch; then a mistake ends it."""
+        monkeypatch.setenv("OMP_DISPLAY_ENV", "true")
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        if given:
+            monkeypatch.setenv("OMP_WAIT_POLICY", given)
+        done = run("tools/train_net.py", "--config-file", "lost.yaml")
+        assert f"OMP_WAIT_POLICY = '{(given or 'passive').upper()}'" in done.stderr
+        assert done.stderr.splitlines()[-1] == "Config file 'lost.yaml' does not exist!"
+        assert done.returncode == 1
 
     def test_misspelt_key(self, own_data):
         arguments = own_data_arguments(own_data, "train")
@@ -258,6 +273,20 @@ class TestAnalyze:
         per_roi = 4 * 196 * 512 * 256 + 2 * 196 * 196 * 256
         assert gmac == pytest.approx(100 * 4 * per_roi / 1e9)
 
+    def test_no_blocks(self):
+        cfg = load_config(ROOT / "configs/COCO-Detection/retinanet_R_50_NL_FPN_1x.yaml")
+        (line,) = block_rows(stock_twin(cfg), Load(image_size=(64, 64)), 1)
+        assert line.startswith(
+            "No non-local blocks: MODEL.BACKBONE.NAME is build_retinanet_resnet_fpn_backbone, "
+        )
+
+    def test_mistake(self, monkeypatch):
+        config = "configs/COCO-Detection/retinanet_R_50_NL_FPN_1x.yaml"
+        command = f"analyze --config-file {ROOT / config} MODEL.NON_LOCAL.PAIRWISE dot"
+        monkeypatch.setattr("sys.argv", command.split())
+        with pytest.raises(SystemExit, match="pairwise .*must be one of .*, got 'dot'"):
+            load_tool("analyze").main()
+
     def test_command(self):
         config = "configs/COCO-Detection/retinanet_R_50_NL_FPN_1x.yaml"
         done = run("tools/analyze.py", "--config-file", config, "--batch-size", "2")
@@ -287,16 +316,24 @@ class TestOverfit:
         chosen = overfit.first_images(data, 2, 2)
         assert [image["id"] for image in chosen["images"]] == [1, 5]
         assert [a["image_id"] for a in chosen["annotations"]] == [1, 5]
-        with pytest.raises(SystemExit, match="only 2 images"):
+        with pytest.raises(ValueError, match="only 2 images have 1 to 2 objects, --count is 3"):
             overfit.first_images(data, 3, 2)
 
-    @pytest.mark.parametrize("text", [None, "{"])
-    def test_json_that_cannot_be_read(self, text, tmp_path, monkeypatch):
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            (None, "No such file"),
+            ("{", "Expecting property name"),
+            ("[]", "it has no images"),
+            ('{"images": [{"id": 1}], "annotations": [{"image_id": 1}]}', "it has no categories"),
+        ],
+    )
+    def test_json_that_is_of_no_use(self, text, message, tmp_path, monkeypatch):
         if text:
             (tmp_path / "a.json").write_text(text)
         command = f"overfit --config-file x.yaml --json {tmp_path / 'a.json'} --images ."
         monkeypatch.setattr("sys.argv", command.split())
-        with pytest.raises(SystemExit, match="--json .*a.json: "):
+        with pytest.raises(SystemExit, match=f"--json .*a.json: .*{message}"):
             load_tool("overfit").main()
 
     def test_hands_the_subset_to_train_net(self, own_data, tmp_path):

@@ -352,7 +352,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("made_with", "target", "options", "message"),
         [
-            ({}, "mmcv", {}, "must be given as 1 or 2, got None"),
+            ({}, "mmcv", {}, "subsample must be 1 or 2, got None"),
             ({}, "mmcv", {"subsample": 3}, "got 3"),
             (
                 {},
@@ -374,7 +374,7 @@ class TestRefusals:
             ({"in_channels": 32, "norm": "GN"}, "pytorchvideo", {}, "norm is 'GN'; with 'BN'"),
             ({"dim": 3}, "pytorchvideo", {"axes": "time"}, "axes is 'time'; with 'spacetime'"),
             ({}, "mmcv", {"pairwise": "gaussian"}, "by its weights, pairwise is one of"),
-            ({}, "pytorchvideo", {"scale": False}, "give pairwise"),
+            ({}, "pytorchvideo", {"scale": False}, "give pairwise, or add --block"),
             ({}, "pytorchvideo", {"reduction": 4}, "reduction is 2; with 4"),
             ({}, "pytorchvideo", {"subsampel": 2}, "got 'subsampel'"),
             ({}, "mmdet", {}, "dialect must be one of"),

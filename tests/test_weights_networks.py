@@ -305,6 +305,14 @@ class TestTool:
             assert f"  {unknown} as in the source: the weights do not tell\n" in out
         assert load(tmp_path / "out.pth")[0]["res4.non_local4.g.weight"].dim() == 4
 
+    def test_names_the_option_that_is_missing(self, run, tmp_path):
+        state = {f"res4.non_local4.{key}": v for key, v in NonLocalBlock(8).state_dict().items()}
+        torch.save(state, tmp_path / "in.pth")
+        command = [tmp_path / "in.pth", tmp_path / "out.pth", "--from", "nl_detectron"]
+        with pytest.raises(SystemExit, match="non_local4.*do not tell; add --block subsample=2"):
+            run(*command, "--to", "mmcv")
+        assert "8 tensors converted" in run(*command, "--to", "mmcv", "--block", "subsample=2")
+
     def test_config_adds_its_blocks(self, run, cfg, tmp_path):
         cfg.merge_from_file(str(CONFIG))
         ours = build_model(cfg).state_dict()

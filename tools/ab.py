@@ -18,7 +18,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train_net import argument_parser
+from train_net import argument_parser, run
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -40,17 +40,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace, cfg: CfgNode, model: nn.Module) -> None:
     """Refuse a config without blocks, and weights that are not the stock twin's, too."""
+    from nl_detectron import NonLocalBlock
     from nl_detectron.config import stock_twin
     from nl_detectron.launch import build_and_load
 
-    stock_cfg = stock_twin(cfg)
-    if stock_cfg == cfg:
+    if not any(isinstance(module, NonLocalBlock) for module in model.modules()):
         raise ValueError(
             f"{args.config_file} has no blocks to leave out: MODEL.BACKBONE.NAME is "
             f"{cfg.MODEL.BACKBONE.NAME}, MODEL.ROI_KEYPOINT_HEAD.NAME is "
             f"{cfg.MODEL.ROI_KEYPOINT_HEAD.NAME}"
         )
-    build_and_load(args, stock_cfg)
+    build_and_load(args, stock_twin(cfg))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -105,7 +105,4 @@ def report(runs: dict[str, Run], output: Path) -> None:
 
 
 if __name__ == "__main__":
-    args = parse_args()
-    from nl_detectron.launch import launch
-
-    launch(main, args, check)
+    run(main, parse_args(), check)

@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from train_net import at_least
+
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
@@ -26,24 +28,27 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--config-file", type=Path, metavar="FILE", help="default: all full ones")
     parser.add_argument(
         "--image-size",
-        type=int,
+        type=at_least(1),
         nargs=2,
         default=(800, 1333),
         metavar=("H", "W"),
         help="before padding (default: 800 1333)",
     )
     parser.add_argument(
-        "--proposals", type=int, default=1000, help="RoIs of the box head (default: %(default)s)"
+        "--proposals",
+        type=at_least(1),
+        default=1000,
+        help="RoIs of the box head (default: %(default)s)",
     )
     parser.add_argument(
         "--detections",
-        type=int,
+        type=at_least(1),
         default=100,
         help="RoIs of the other heads (default: %(default)s)",
     )
     parser.add_argument(
         "--batch-size",
-        type=int,
+        type=at_least(1),
         default=1,
         help="images, for the cost of each block (default: %(default)s)",
     )
@@ -56,18 +61,20 @@ def main() -> None:
     args = parse_args()
 
     from nl_detectron.config import load_config
-    from nl_detectron.model_cost import Load, block_rows, model_rows
+    from nl_detectron.console import mistakes_in_one_sentence
+    from nl_detectron.engine import model_errors
+    from nl_detectron.model_cost import Load, block_rows, build, model_rows
 
     paths = [args.config_file] if args.config_file else sorted(CONFIGS.glob("COCO-*/[!B]*.yaml"))
-    try:
+    with mistakes_in_one_sentence(), model_errors():
         configs = [(path.stem, load_config(path, args.opts)) for path in paths]
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
+        for _, cfg in configs:
+            build(cfg)
     load = Load(tuple(args.image_size), args.proposals, args.detections)
     for line in model_rows(configs, load):
         print(line, flush=True)
     if args.config_file:
-        print(f"\nEach block, {args.batch_size} image(s) in training; peak includes gradients:\n")
+        print()
         for line in block_rows(configs[0][1], load, args.batch_size):
             print(line, flush=True)
 

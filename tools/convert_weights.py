@@ -65,22 +65,21 @@ def main() -> None:
     args = parse_args()
 
     from nl_detectron.config_blocks import ConfigBlocks
+    from nl_detectron.console import mistakes_in_one_sentence
     from nl_detectron.weights import DIALECTS, convert, load, report, save
 
-    try:
-        detector = ConfigBlocks(args.config_file) if args.config_file else None
+    with mistakes_in_one_sentence():
+        config = ConfigBlocks(args.config_file) if args.config_file else None
 
         def options(name: str) -> dict[str, Any]:
-            return {**(detector.options(name) if detector else {}), **dict(args.block)}
+            return {**(config.options(name) if config else {}), **dict(args.block)}
 
         state, beside = load(args.input)
         result = convert(state, args.source, args.target, options, args.dim)
         result.dropped |= dict.fromkeys(beside, "beside the weights in the file")
-        if detector and args.target == "nl_detectron":
-            detector.add_missing_blocks(result)
+        if config and args.target == "nl_detectron":
+            config.add_missing_blocks(result)
         save(result.state, args.output, DIALECTS[args.target])
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        raise SystemExit(f"convert_weights: {error}") from error
     for line in report(result, args.source, args.target, args.verbose):
         print(line)
 

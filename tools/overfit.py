@@ -21,22 +21,27 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from train_net import at_least
+
 
 def first_images(data: dict[str, Any], count: int, max_objects: int) -> dict[str, Any]:
     """Return the first images of a COCO data set with 1 to ``max_objects`` labelled objects."""
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(data, dict) or not data.get(key):
+            raise ValueError(f"it has no {key}")
     keypoints = any("keypoints" in category for category in data["categories"])
     objects = Counter(a["image_id"] for a in data["annotations"])
     unusable = {a["image_id"] for a in data["annotations"] if a.get("iscrowd")}
     if keypoints:
-        unusable |= {a["image_id"] for a in data["annotations"] if not a["num_keypoints"]}
+        unusable |= {a["image_id"] for a in data["annotations"] if not a.get("num_keypoints")}
     usable = [
         image
         for image in data["images"]
         if 1 <= objects[image["id"]] <= max_objects and image["id"] not in unusable
     ]
     if len(usable) < count:
-        raise SystemExit(
-            f"--count {count}: only {len(usable)} images have 1 to {max_objects} objects"
+        raise ValueError(
+            f"only {len(usable)} images have 1 to {max_objects} objects, --count is {count}"
         )
     chosen = {image["id"] for image in usable[:count]}
     annotations = [a for a in data["annotations"] if a["image_id"] in chosen]
@@ -52,11 +57,11 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True, help="COCO annotations")
     parser.add_argument("--images", required=True, help="image folder of --json")
     parser.add_argument(
-        "--count", type=int, default=8, help="number of images (default: %(default)s)"
+        "--count", type=at_least(1), default=8, help="number of images (default: %(default)s)"
     )
     parser.add_argument(
         "--max-objects",
-        type=int,
+        type=at_least(1),
         default=10,
         help="of an image, to keep it short (default: %(default)s)",
     )

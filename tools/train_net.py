@@ -101,6 +101,23 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def run(
+    main: Callable[[argparse.Namespace], Any],
+    args: argparse.Namespace,
+    check: Callable[[argparse.Namespace, CfgNode, nn.Module], None],
+) -> None:
+    """Launch a tool with threads that sleep while they wait.
+
+    By default those of OpenMP spin, more than a thousand times in each iteration. Where other work
+    wants the cores, too, it is the cores' time that they waste, and training takes several times as
+    long. OpenMP reads the variable when PyTorch is imported.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from nl_detectron.launch import launch
+
+    launch(main, args, check)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments, without importing what takes seconds to import."""
     parser = argument_parser(__doc__)
@@ -154,7 +171,4 @@ def main(args: argparse.Namespace) -> Any:
 
 
 if __name__ == "__main__":
-    args = parse_args()
-    from nl_detectron.launch import launch
-
-    launch(main, args, check)
+    run(main, parse_args(), check)

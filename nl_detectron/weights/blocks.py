@@ -136,7 +136,8 @@ class Block:
         subsample = self.options.get("subsample")
         if tell_pooling(dialect) and subsample not in (1, 2):
             raise ValueError(
-                f"parameters are named by subsample, which must be given as 1 or 2, got {subsample}"
+                f"subsample must be 1 or 2, got {subsample}: parameters are named by it there, and "
+                "weights do not tell; add --block subsample=2 in tools/convert_weights.py"
             )
         width, inner = self.widths
         if dialect.scales_by_width:
@@ -213,7 +214,8 @@ class Block:
         if "pairwise" not in self.options:
             raise ValueError(
                 "scale can be moved into theta for pairwise 'embedded_gaussian', must not be for "
-                "'dot_product', and the weights do not tell: give pairwise"
+                "'dot_product', and weights do not tell: give pairwise, or add --block "
+                "pairwise=dot_product in tools/convert_weights.py"
             )
         inner = self.widths[1]
         factor = inner**0.5 if scale else inner**-0.5

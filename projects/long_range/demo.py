@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import time
 from pathlib import Path
 
@@ -24,6 +25,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    # Threads that wait are to sleep, not to spin: see tools/train_net.py.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from long_range.dataset import SPLIT_SIZES, register, write_dataset
     from long_range.pictures import draw_figure
     from long_range.twins import Trainer, twin_config
