@@ -117,13 +117,7 @@ class TestTrainNet:
         command = ["tools/train_net.py", "--config-file", self.CONFIG]
         command += own_data_arguments(own_data, "train", "test")
         command += ["--health-period", "1", "--resume", "OUTPUT_DIR", tmp_path, *TINY]
-        command += ["TEST.EVAL_PERIOD", "0"]
-        refused = run(*command)
-        assert refused.returncode != 0
-        assert "TEST.KEYPOINT_OKS_SIGMAS has 17 values" in refused.stderr
-        assert "2 keypoints" in refused.stderr
-
-        command += ["TEST.KEYPOINT_OKS_SIGMAS", "(0.1,0.1)"]
+        command += ["TEST.EVAL_PERIOD", "0", "TEST.KEYPOINT_OKS_SIGMAS", "(0.1,0.1)"]
         seen = 0
         for iterations in (2, 3):  # the second time, one more
             done = run(*command, "SOLVER.MAX_ITER", iterations)
@@ -207,19 +201,6 @@ class TestTrainNet:
         assert done.stderr.splitlines()[-1] == "Config file 'lost.yaml' does not exist!"
         assert done.returncode == 1
 
-    def test_misspelt_key(self, own_data):
-        arguments = own_data_arguments(own_data, "train")
-        done = run(
-            "tools/train_net.py",
-            "--config-file",
-            self.CONFIG,
-            *arguments,
-            "MODEL.NON_LOCAL.PAIRWIZE",
-            "x",
-        )
-        assert done.returncode != 0
-        assert "did you mean MODEL.NON_LOCAL.PAIRWISE?" in done.stderr.splitlines()[-1]
-
 
 def free_url():
     with socket.socket() as s:
@@ -292,10 +273,10 @@ class TestAnalyze:
         done = run("tools/analyze.py", "--config-file", config, "--batch-size", "2")
         assert done.returncode == 0, done.stderr
         assert "| retinanet_R_50_NL_FPN_1x | 40,015,284 | 2,099,712 |" in done.stdout
-        # x; pooled keys and where they come from; theta, phi, g; y; the softmax's two sums
+        # x; pooled keys and where they come from; theta, phi, g; y
         x, keys, inner = 1024 * 4200, 1024 * 1050, 512 * (4200 + 2 * 1050 + 4200)
-        saved = 2 * (4 * (x + keys + inner + 4200) + 8 * keys) / 2**20
-        block = "| backbone.bottom_up.res4.non_local4 | 2 x 1024 x 50 x 84 | fused | 2,099,712 |"
+        saved = 2 * (4 * (x + keys + inner) + 8 * keys) / 2**20
+        block = "| backbone.bottom_up.res4.non_local4 | 2 x 1024 x 50 x 84 | blocked | 2,099,712 |"
         assert f"{block} 20.0 | 20.0 | {saved:.1f} MB |" in done.stdout
 
 
