@@ -80,6 +80,19 @@ class TestVisualizeAttention:
         with Image.open(out / "grid.png") as grid, Image.open(out / f"{stems[0]}.heat.png") as heat:
             assert grid.size == (4 * heat.width, heat.height)  # one row of two pairs
 
+    def test_grid_has_no_empty_place(self):
+        columns = load_tool("visualize_attention").columns
+        assert [columns(2 * pairs) for pairs in (1, 2, 3, 4, 5, 6, 8, 9)] == [
+            2,
+            4,
+            6,
+            4,
+            2,
+            6,
+            4,
+            6,
+        ]
+
     def test_joint_in_its_roi(self, files, command):
         options = ["--block", "keypoint_head.*", "--joint", "2", "--output", files / "out"]
         command("visualize_attention", "pair.png", *options, "--score-threshold", "0.4")

@@ -130,10 +130,13 @@ def main(argv: list[str] | None = None) -> None:
     report_done(args.input, len(images) - images.skipped, images.skipped)
     shown = pictures[: 2 * GRID]
     if len(shown) > 2:
-        # As many pairs in a row as leave no place empty.
-        pairs = max(n for n in (1, 2, 3) if len(shown) // 2 % n == 0)
-        save_grid(args.output / "grid.png", shown, 2 * pairs)
+        save_grid(args.output / "grid.png", shown, columns(len(shown)))
         print(f"{args.output / 'grid.png'} shows {len(shown)} of {len(pictures)} pictures")
+
+
+def columns(pictures: int) -> int:
+    """Columns of a grid of pairs of pictures, up to three pairs, that leave no place empty."""
+    return max(n for n in (2, 4, 6) if pictures % n == 0)
 
 
 def save(found: Answer, frame: Frame, stem: Path, cells: bool) -> list[Path]:
