@@ -82,16 +82,8 @@ class TestVisualizeAttention:
 
     def test_grid_has_no_empty_place(self):
         columns = load_tool("visualize_attention").columns
-        assert [columns(2 * pairs) for pairs in (1, 2, 3, 4, 5, 6, 8, 9)] == [
-            2,
-            4,
-            6,
-            4,
-            2,
-            6,
-            4,
-            6,
-        ]
+        by_pairs = {pairs: columns(2 * pairs) for pairs in (1, 2, 3, 4, 5, 6, 9)}
+        assert by_pairs == {1: 2, 2: 4, 3: 6, 4: 4, 5: 2, 6: 6, 9: 6}
 
     def test_joint_in_its_roi(self, files, command):
         options = ["--block", "keypoint_head.*", "--joint", "2", "--output", files / "out"]

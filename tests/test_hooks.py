@@ -73,5 +73,5 @@ def test_cost(small_cfg, monkeypatch):
     before = hooks(model)
     monkeypatch.setattr(model_cost, "build", lambda cfg: model)
     rows = list(block_rows(small_cfg, Load((64, 96), 3, 2), batch_size=1))
-    assert "non_local4" in rows[2]
+    assert any("non_local4" in row for row in rows)
     assert hooks(model) == before
