@@ -46,6 +46,9 @@ def register_coco_files(
         content = _read(json_file)
         _check_annotations(content.get("annotations", ()), content["categories"], needs)
         metadata = _metadata(content["categories"])
+        first = next(iter(content.get("images", ())), None)
+        if needs and first and not Path(image_dir, first["file_name"]).exists():
+            raise ValueError(f"names the image {first['file_name']}, which is not in {image_dir}")
     except ValueError as error:
         raise ValueError(f"data set {name!r}: {json_file} {error}") from error
     register_coco_instances(name, metadata, json_file, image_dir)

@@ -69,16 +69,16 @@ def check_data_sets(cfg: CfgNode, training: bool, model: Mapping[str, Any]) -> N
         for name in cfg.DATASETS[split]:
             _check_files(split, name)
             metadata = dataset_metadata(name)
-            where = f"{name} in DATASETS.{split}"
-            if name == f"own_{split.lower()}":
-                where = f"--{split.lower()}-json {MetadataCatalog.get(name).json_file}"
+            where = _where(split, name)
             if cfg.MODEL.KEYPOINT_ON and not metadata.get("keypoint_names"):
                 raise ValueError(f"MODEL.KEYPOINT_ON, but {where} names no keypoints")
             try:
                 check_names(cfg, metadata, where, model)
             except ValueError as error:
-                trained_on = f", which is trained on {cfg.DATASETS.TRAIN[0]}" * training
-                raise ValueError(f"{error}{trained_on}") from error
+                if not training or split == "TRAIN":
+                    raise
+                train = _where("TRAIN", cfg.DATASETS.TRAIN[0])
+                raise ValueError(f"{error}, which is trained on {train}") from error
             model = model or metadata
     if cfg.MODEL.KEYPOINT_ON and cfg.DATASETS.TEST:
         num_keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
@@ -127,6 +127,13 @@ def take_numbers(cfg: CfgNode, name: str) -> None:
     if cfg.MODEL.KEYPOINT_ON:
         names = metadata.get("keypoint_names", ())
         cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = len(names)
+
+
+def _where(split: str, name: str) -> str:
+    """What to call a data set in a message."""
+    if name == f"own_{split.lower()}":
+        return f"--{split.lower()}-json {MetadataCatalog.get(name).json_file}"
+    return f"{name} in DATASETS.{split}"
 
 
 def _check_files(split: str, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,6 +122,11 @@ class TestTraining:
         data = {s: changed(s, without=[key] * (s == split)) for s in ("train", "test")}
         with pytest.raises(ValueError, match=f"{split}.json has no '{key}' in annotation number 1"):
             read(*data["train"], *data["test"], *SIGMAS, config=config)
+
+    def test_other_folder(self, changed, read):
+        data = changed("train")
+        with pytest.raises(ValueError, match="names the image 1.png, which is not in .*tests"):
+            read(*data[:3], Path(__file__).parent)
 
     def test_half_of_it(self, changed, read):
         with pytest.raises(ValueError, match="--train-json and --train-images go together"):
