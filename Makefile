@@ -26,7 +26,7 @@ READY = $(VENV)/.nl_detectron_ready
 .PHONY: demo test test-slow peers lint env clean
 
 demo: env
-	$(RUN) -W ignore projects/long_range/demo.py
+	$(RUN) projects/long_range/demo.py
 
 test: lint
 	$(RUN) -m pytest

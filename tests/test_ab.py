@@ -8,12 +8,24 @@ import re
 import pytest
 import torch
 from detectron2.modeling import build_model
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from nl_detectron.config import load_config
 from nl_detectron.launch import launch
 from tests.running import QUICK, ROOT, TINY, load_tool, own_data_arguments, run
 
 CONFIG = QUICK / "mask_rcnn_R_18_NL_FPN_overfit.yaml"
+
+
+def coco_ap(json_file, results, task):
+    """AP in percent, by pycocotools alone."""
+    truth = COCO(str(json_file))
+    evaluation = COCOeval(truth, truth.loadRes(str(results)), task)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return 100 * evaluation.stats[0]
 
 
 def test_trains_and_compares_twins(own_data, tmp_path):
@@ -41,6 +53,10 @@ def test_trains_and_compares_twins(own_data, tmp_path):
         assert row[0] == label.replace("_", "-")
         assert [float(x) for x in row[1:]] == pytest.approx([ap["bbox"], ap["segm"]], abs=0.051)
 
+    for twin, aps in list(numbers["ap"].items())[:2]:
+        found = tmp_path / twin / "inference" / "coco_instances_results.json"
+        for task, ap in aps.items():
+            assert ap == pytest.approx(coco_ap(own_data, found, task), abs=1e-6)
     assert (tmp_path / "losses.png").stat().st_size > 10_000
     for twin, builder in (("stock", "build_resnet"), ("non_local", "build_non_local_resnet")):
         assert (tmp_path / twin / "model_final.pth").exists()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetMapper
+from detectron2.modeling import build_model
 from PIL import Image
 
 from nl_detectron.engine import build_predictor, network_input
@@ -21,13 +22,24 @@ class TestBuildPredictor:
     def test_weights(self, given, nl_cfg, tmp_path):
         path = str(tmp_path / "model.pth")
         nl_cfg.MODEL.WEIGHTS = "" if given else path
-        state = build_predictor(nl_cfg, "").model.state_dict()
+        state = {
+            name: torch.rand_like(value, dtype=torch.float32)
+            for name, value in build_model(nl_cfg).state_dict().items()
+        }
         torch.save({"model": state}, path)
         model = build_predictor(nl_cfg, path if given else None).model
         assert not model.training
         for name, value in model.state_dict().items():
             assert torch.equal(value, state[name]), name
         assert nl_cfg.MODEL.WEIGHTS == ("" if given else path)
+
+    def test_no_weights(self, nl_cfg):
+        """The model is as detectron2 builds it."""
+        torch.manual_seed(5)
+        expected = build_model(nl_cfg).state_dict()
+        torch.manual_seed(5)
+        for name, value in build_predictor(nl_cfg, "").model.state_dict().items():
+            assert torch.equal(value, expected[name]), name
 
     def test_weights_that_are_not_its_own(self, nl_cfg, tmp_path):
         state = build_predictor(nl_cfg, "").model.state_dict()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from detectron2.modeling import build_model
+from detectron2.utils.env import seed_all_rng
 from matplotlib.image import imread
 
 from nl_detectron.config import load_config, stock_twin
@@ -80,10 +82,16 @@ def test_only_the_blocks_tell_twins_apart(workers, nl_cfg, tmp_path):
     assert "roi_heads.keypoint_head.non_local8.theta.weight" in weights
 
 
-def test_blocks_start_the_same_every_time(nl_cfg):
+def test_starts_as_stock_detectron2_does(nl_cfg):
+    seed_all_rng(nl_cfg.SEED)
+    stock = build_model(stock_twin(nl_cfg)).state_dict()
     first, second = (TwinTrainer.build_model(nl_cfg).state_dict() for _ in range(2))
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
+    blocks = {name for name in first if ".non_local" in name}
+    assert first.keys() - blocks == stock.keys()
+    for name, value in stock.items():
+        assert torch.equal(first[name], value), name
+    for name in blocks:
+        assert torch.equal(first[name], second[name]), name
 
 
 def test_random_seed_is_refused(nl_cfg):

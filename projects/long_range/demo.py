@@ -25,8 +25,6 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    # Threads that wait are to sleep, not to spin: see tools/train_net.py.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from long_range.dataset import SPLIT_SIZES, register, write_dataset
     from long_range.pictures import draw_figure
     from long_range.twins import Trainer, twin_config
@@ -71,4 +69,10 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    args = parse_args()
+    # Threads that wait are to sleep, not to spin: see tools/train_net.py.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from nl_detectron.console import quiet_detectron2
+
+    with quiet_detectron2():
+        main(args)
