@@ -94,10 +94,13 @@ def _check_annotations(
 
 
 def _metadata(categories: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    categories = sorted(categories, key=lambda category: category["id"])
     ids = [category["id"] for category in categories]
+    if len({type(category_id) for category_id in ids}) > 1:
+        raise ValueError(f"has category ids of different types: {ids}")
     if len(set(ids)) < len(ids):
         raise ValueError(f"has several categories of one id: {ids}")
+    ids.sort()
+    categories = sorted(categories, key=lambda category: category["id"])
     metadata = {
         "thing_classes": [category["name"] for category in categories],
         "thing_dataset_id_to_contiguous_id": {category_id: i for i, category_id in enumerate(ids)},

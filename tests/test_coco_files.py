@@ -50,6 +50,7 @@ HAND = {"id": 7, "name": "hand", "keypoints": ["palm", "thumb"]}
         ({"categories": [{"name": "a"}]}, (), "no 'id' in category number 1, of 1"),
         ({"categories": [HAND, {"id": 8}]}, (), "no 'name' in category number 2, of 2"),
         ({"categories": ["hand"]}, (), "no 'id' in category number 1"),
+        ({"categories": [HAND, HAND | {"id": "8"}]}, (), r"ids of different types: \[7, '8'\]"),
         ({"categories": [HAND, HAND]}, (), r"several categories of one id: \[7, 7\]"),
         ({"images": [{"id": 1}]}, (), "no 'file_name' in image number 1"),
         ({"annotations": [OBJECT | {"category_id": 8}]}, (), "no category 8, which annotation 5"),

@@ -117,7 +117,8 @@ class TestTrainNet:
         command = ["tools/train_net.py", "--config-file", self.CONFIG]
         command += own_data_arguments(own_data, "train", "test")
         command += ["--health-period", "1", "--resume", "OUTPUT_DIR", tmp_path, *TINY]
-        command += ["TEST.EVAL_PERIOD", "0", "TEST.KEYPOINT_OKS_SIGMAS", "(0.1,0.1)"]
+        command += ["TEST.EVAL_PERIOD", "0", "SOLVER.CHECKPOINT_PERIOD", "1"]
+        command += ["TEST.KEYPOINT_OKS_SIGMAS", "(0.1,0.1)"]
         seen = 0
         for iterations in (2, 3):  # the second time, one more
             done = run(*command, "SOLVER.MAX_ITER", iterations)
@@ -136,6 +137,8 @@ class TestTrainNet:
         assert checkpoint["metadata"]["thing_classes"] == ["bar"]
         assert checkpoint["metadata"]["category_ids"] == [3]
         assert json.loads((tmp_path / "metadata.json").read_text()) == checkpoint["metadata"]
+        periodic = torch.load(tmp_path / "model_0000000.pth", weights_only=True)
+        assert periodic["metadata"] == checkpoint["metadata"]
         model = checkpoint["model"]
         assert model["roi_heads.box_predictor.cls_score.weight"].shape[0] == 1 + 1
         assert model["roi_heads.keypoint_head.score_lowres.weight"].shape[1] == 2
