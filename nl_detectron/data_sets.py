@@ -96,7 +96,7 @@ def describe_data(cfg: CfgNode) -> list[str]:
     sentences = []
     if not cfg.DATASETS.TEST:
         sentences.append("Nothing will be evaluated: there is no --test-json, or DATASETS.TEST.")
-    if cfg.MODEL.KEYPOINT_ON and "own_train" in cfg.DATASETS.TRAIN:
+    if cfg.MODEL.KEYPOINT_ON and "own_train" in DatasetCatalog.list():
         pairs, alone = flip_pairs(MetadataCatalog.get("own_train").keypoint_names)
         if alone and cfg.INPUT.RANDOM_FLIP == "none":
             sentences.append(

@@ -231,9 +231,10 @@ class TestTrainedModel:
 
     def test_training_data_do_not_matter(self, weights, changed, read):
         """The config.yaml of a training names own_train, which a new process does not know."""
-        data = changed("test", "cat")
-        cfg = read("--eval-only", *data, *weights(), "DATASETS.TRAIN", "('own_train',)")
+        options = [*weights(), *SIGMAS, "DATASETS.TRAIN", "('own_train',)"]
+        cfg = read("--eval-only", *changed("test", "cat"), *options, config=KEYPOINTS)
         assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 1
+        assert describe_data(cfg) == []
 
 
 class TestRegistered:
