@@ -168,6 +168,7 @@ print(json.dumps([run(*case, 16700) - before for case in [*LEAN, ("concatenation
 """
 
 
+@pytest.mark.slow  # what is allocated is also watched above
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kB on Linux only")
 def test_peak_memory():
     code = PEAKS.format(path=sys.path)
