@@ -119,6 +119,18 @@ class TestMistakes:
         message = "weights .*r34.pth: the checkpoint holds residual blocks .*another depth"
         self.refuse([*arguments, *weights], message, capfd)
 
+    def test_what_the_checkpointer_warns_of_is_for_the_training_to_say(
+        self, arguments, tmp_path, caplog
+    ):
+        cfg = load_config(CONFIG, [*SMALL, "MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"])
+        torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "stock.pth")
+        arguments += ["MODEL.WEIGHTS", str(tmp_path / "stock.pth")]
+        caplog.set_level("INFO", logger="fvcore")
+        began = []
+        launch(began.append, load_tool("train_net").parse_args(arguments))
+        assert began
+        assert not caplog.records
+
     def test_health_of_no_blocks(self, arguments, capfd):
         stock = ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"]
         message = "the model has no non-local block"

@@ -29,12 +29,18 @@ def main(args: argparse.Namespace) -> None:
     from long_range.pictures import draw_figure
     from long_range.twins import Trainer, twin_config
 
+    from nl_detectron.console import mistakes_in_one_sentence
     from nl_detectron.twins import LABELS, ap_table, draw_losses, train_twin
 
     kind = "keypoints" if args.keypoints else "instances"
     seed_folder = args.output / f"seed{args.seed}"
     folder = seed_folder / f"{kind}_x{args.budget:g}"
-    folder.mkdir(parents=True, exist_ok=True)
+    with mistakes_in_one_sentence():
+        folder.mkdir(parents=True, exist_ok=True)
+        configs = {
+            twin: twin_config(kind, twin, output=folder / twin, seed=args.seed, budget=args.budget)
+            for twin in ([args.only] if args.only else LABELS)
+        }
     # detectron2 tells everything to this file, which leaves the terminal for the result.
     logging.basicConfig(filename=folder / "log.txt", level=logging.INFO)
 
@@ -45,11 +51,10 @@ def main(args: argparse.Namespace) -> None:
         register(data, kind, split)
 
     runs = {}
-    for twin in [args.only] if args.only else LABELS:
+    for number, (twin, cfg) in enumerate(configs.items(), start=1):
         label = LABELS[twin]
-        print(f"{label} twin", flush=True)
+        print(f"{label} twin, training {number} of {len(configs)}", flush=True)
         start = time.monotonic()
-        cfg = twin_config(kind, twin, output=folder / twin, seed=args.seed, budget=args.budget)
         runs[label] = train_twin(cfg, trainer_class=Trainer)
         print(f"  done in {(time.monotonic() - start) / 60:.1f} min")
     print("\n" + ap_table({label: run.ap for label, run in runs.items()}) + "\n", flush=True)
