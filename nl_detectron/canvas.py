@@ -85,7 +85,7 @@ class Canvas:
         height, width = frames[0].shape[:2]
         x0, y0, x1, y1 = subject.view or (0, 0, self.left_of(len(frames)) - GAP, height)
         column = COLUMN if len(frames) == 1 else TWO_COLUMNS
-        inches = min((column - 2 * MARGIN) / (x1 - x0), TALLEST / (y1 - y0))
+        self._inches = inches = min((column - 2 * MARGIN) / (x1 - x0), TALLEST / (y1 - y0))
         lines = [
             part
             for line in subject.title.splitlines()
@@ -108,7 +108,7 @@ class Canvas:
             extent = (self.left_of(t), self.left_of(t) + width, height, 0)
             self.axes.imshow(frame, extent=extent, cmap="gray", vmin=0, vmax=255)
             if len(frames) > 1:
-                self._label(self.left_of(t), 0, f"t = {t}", "top")
+                self._label(self.left_of(t), 0, f"t = {t}", "left", "top")
         self.axes.set(xlim=(x0, x1), ylim=(y1, y0), aspect="auto")
         scale.draw_bar(axes_at(bar_top, BAR, part=0.9), FONT_SIZE)  # room for its outer ticks
         self.figure.text(
@@ -145,8 +145,13 @@ class Canvas:
         x, y, t = self._subject.attention.query
         if detection := self._subject.detection:
             self.outline(detection.box, t, QUERY)
-            x0, y0 = detection.box[:2]
-            self._label(x0 + self.left_of(t), y0, detection.label, "bottom")
+            x0, y0, x1, _ = detection.box
+            # Above the box; in it, or from its right side, where the image would end before.
+            left, right = self.axes.get_xlim()
+            top = self.axes.get_ylim()[1]
+            ha = "right" if x0 + x1 + 2 * self.left_of(t) > left + right else "left"
+            va = "bottom" if (y0 - top) * self._inches > LINE else "top"
+            self._label((x0 if ha == "left" else x1) + self.left_of(t), y0, detection.label, ha, va)
         (query,) = self.axes.plot(
             x + self.left_of(t), y, "o", ms=5, mfc=QUERY, mec="black", mew=0.8, zorder=9, ls=""
         )
@@ -167,13 +172,14 @@ class Canvas:
         )
         return self.figure
 
-    def _label(self, x: float, y: float, text: str, va: str) -> None:
-        """Write text beside a point of the image, just above or below it."""
+    def _label(self, x: float, y: float, text: str, ha: str, va: str) -> None:
+        """Write text at a point of the image, which is its ``ha`` and ``va`` end."""
         self.axes.annotate(
             text,
             (x, y),
-            (1.5, 1.5 if va == "bottom" else -1.5),
+            (1.5 if ha == "left" else -1.5, 1.5 if va == "bottom" else -1.5),
             textcoords="offset points",
+            ha=ha,
             va=va,
             color="white",
             fontsize=FONT_SIZE,

@@ -42,7 +42,12 @@ def draw_heat_map(subject: Subject, *, smooth: bool = True) -> Figure:
         level = _resampled(level, boxes[0, :, ::2], smooth)
         x = canvas.left_of(t)
         extent = (x + left, x + right, bottom, top)
-        canvas.axes.imshow(scale.cmap(level), extent=extent, aspect="auto")
+        canvas.axes.imshow(
+            scale.cmap(level),
+            extent=extent,
+            aspect="auto",
+            interpolation="bilinear" if smooth else "nearest",
+        )
     key = attention.strongest(1)[0]
     outline = canvas.outline(key.box, key.frame, "white")
     return canvas.finish({f"strongest key, weight {key.weight:.2g}": outline})

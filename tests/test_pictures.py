@@ -310,6 +310,18 @@ class TestLayout:
         (label,) = [text for text in figure.axes[0].texts if text.get_text()]
         assert (label.get_text(), label.xy) == ("person 98%", (10, 5))
 
+    @pytest.mark.parametrize(
+        "box", [(0, 0, 9, 9), (51, 0, 60, 9), (0, 31, 9, 40), (51, 31, 60, 40), (0, 0, 60, 40)]
+    )
+    def test_label_of_a_detection_at_the_border_is_in_the_image(self, box):
+        figure = draw_arrows(subject(keys(_1_2=0.5), detection=Detection(box, "surfboard 98%")))
+        rgb(figure)
+        image = figure.axes[0].get_window_extent()
+        (label,) = [text for text in figure.axes[0].texts if text.get_text()]
+        extent = label.get_window_extent()
+        assert image.x0 <= extent.x0 < extent.x1 <= image.x1
+        assert image.y0 <= extent.y0 < extent.y1 <= image.y1
+
     @BOTH
     def test_wrong_number_of_frames(self, draw):
         given = subject(keys(_1_2=0.5))
