@@ -116,6 +116,18 @@ def test_every_gradient(pairwise, path, norm, dim):
                         compare(got, expected, size, options, batch, training, layouts)
 
 
+@pytest.mark.parametrize("dim", CHANNELS_LAST)
+@norms
+@forms
+def test_every_gradient_with_weights_in_channels_last(pairwise, path, norm, dim):
+    block = make(dim, norm, pairwise)
+    block.path = path
+    block.to(memory_format=CHANNELS_LAST[dim])
+    x, dy = torch.randn(2, 2, C, *MAPS[dim][0][1]).double()
+    expected = expect(block, x, dy, pairwise=pairwise, norm=norm)
+    compare(run(block, in_memory(x, "channels_last"), dy), expected)
+
+
 @norms
 @pytest.mark.parametrize("pairwise", ops.PAIRWISE)
 def test_every_gradient_with_activation_checkpoint(pairwise, norm):
