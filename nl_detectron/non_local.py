@@ -209,6 +209,7 @@ class NonLocalBlock(CNNBlockBase):
             bias = norm.bias + (conv.bias - norm.running_mean) * factor
             return _CONV_FUNCTION[self.dim](y, weight, bias)
         out = conv(y)
+        # Contiguous, because strided rows take PyTorch twice the time.
         return norm(out.flatten(2).contiguous()).view_as(out)
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:

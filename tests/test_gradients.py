@@ -46,11 +46,11 @@ LAYOUTS = [
 ]
 
 
-def make(dim, norm, pairwise, **options):
+def make(dim, norm, pairwise, channels=C, **options):
     """A float64 block as after training: nothing is zero, and affinities are moderate."""
-    block = NonLocalBlock(C, dim=dim, norm=norm, pairwise=pairwise, **options).double()
+    block = NonLocalBlock(channels, dim=dim, norm=norm, pairwise=pairwise, **options).double()
     for name, parameter in block.named_parameters():
-        nn.init.normal_(parameter, std=1 if "norm" in name else C**-0.5)
+        nn.init.normal_(parameter, std=1 if "norm" in name else channels**-0.5)
     for buffer in block.buffers():
         if buffer.is_floating_point():
             nn.init.uniform_(buffer, 0.5, 2)

@@ -97,6 +97,15 @@ def test_sorted_is_precise_in_float32(offset, masked):
         assert (t - truth).abs().max() < 2e-6 * truth.abs().max()
 
 
+def test_concatenation_tells_sorted_which_keys_take_part():
+    theta, phi = torch.randn(1, 700, 1) - 1000, torch.randn(1, 900, 1) + 1000
+    g, w_f, mask = torch.randn(1, 900, 3), torch.ones(2), torch.rand(1, 900) < 0.5
+    got = operate(("concatenation", True, "sorted"), theta, phi, g, w_f, mask)
+    args = (t.double() for t in (theta, phi, g))
+    exact = oracles.plain_operation(*args, "concatenation", True, w_f.double(), mask)
+    assert (got - exact).abs().max() < 2e-6 * exact.abs().max()
+
+
 # The gaussian form of a map: a position is its own strongest key, and the exact gradients of theta
 # and phi vanish. That of g is left.
 @pytest.mark.parametrize("activation", [1, 4, 16])
