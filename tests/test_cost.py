@@ -38,6 +38,16 @@ def real_peak(block, x):
     return max(itertools.accumulate(e.nbytes() for e in events))
 
 
+@pytest.fixture
+def one_thread():
+    """Fused attention takes scratch for each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("norm", ["", "BN"])
 @pytest.mark.parametrize(("pairwise", "path"), CASES)
 def test_memory_is_that_of_a_real_pass(pairwise, path, norm):
