@@ -108,9 +108,9 @@ def fused_softmax_sum(
 ) -> Tensor:
     """:func:`softmax_sum` by PyTorch's scaled_dot_product_attention. No second derivative.
 
-    The gradients of theta and phi have an absolute error of some eps |dy_i| |y_i| |phi_j| (and
-    |theta_i|), because the kernels take sum p dp for dy . y. Where one key has nearly all the
-    weight, exact gradients are far smaller than that.
+    The gradients of theta and phi have an absolute error of some eps |dy_i| |y_i| |phi_j| (or
+    |theta_i|), because the kernels subtract dy . y where sum p dp would cancel. Where one key has
+    nearly all the weight, exact gradients are far smaller than that.
 
     Which kernel runs: on a CPU PyTorch's own flash attention, for any width, provided that all
     widths are equal and rows contiguous (else the matrix of all pairs, silently). On CUDA flash
