@@ -130,6 +130,8 @@ def test_stop_keeps_what_is_done(predict, images, tmp_path, capsys, number):
         raise AssertionError("the signal reached the test")
 
     previous = signal.signal(signal.SIGTERM, not_handled)
+    # A process that a script starts in the background ignores SIGINT from the beginning.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         threading.Thread(target=stop_at_the_third, daemon=True).start()
         with pytest.raises(SystemExit, match="stopped before the end; what was done is kept"):
@@ -137,6 +139,7 @@ def test_stop_keeps_what_is_done(predict, images, tmp_path, capsys, number):
         assert signal.getsignal(signal.SIGTERM) is not_handled
     finally:
         signal.signal(signal.SIGTERM, previous)
+        signal.signal(signal.SIGINT, interrupt)
     done = {result["image_id"] for result in read(found)}
     assert done == set(range(len(done)))
     assert 2 <= len(done) < 99
