@@ -106,13 +106,14 @@ def run(
     args: argparse.Namespace,
     check: Callable[[argparse.Namespace, CfgNode, nn.Module], None],
 ) -> None:
-    """Launch a tool with threads that sleep while they wait.
+    """Launch a tool with threads that spin only briefly before they sleep.
 
-    By default those of OpenMP spin, more than a thousand times in each iteration. Where other work
-    wants the cores, too, it is the cores' time that they waste, and training takes several times as
-    long. OpenMP reads the variable when PyTorch is imported.
+    By default a waiting thread of OpenMP spins for long, more than a thousand times in each
+    iteration. Where other work wants the cores, too, that wastes their time, and training takes
+    several times as long. OpenMP reads the variable when PyTorch is imported.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from nl_detectron.launch import launch
 
     launch(main, args, check)

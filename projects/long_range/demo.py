@@ -75,8 +75,9 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     args = parse_args()
-    # Threads that wait are to sleep, not to spin: see tools/train_net.py.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Threads that wait are to sleep soon, not to spin: see tools/train_net.py.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from nl_detectron.console import quiet_detectron2
 
     with quiet_detectron2():
