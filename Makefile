@@ -47,9 +47,9 @@ lint: env
 
 env: $(READY)
 
-$(READY): setup.py constraints.txt tools/install_detectron2.py | $(RUN)
+$(READY): setup.py constraints.txt dev/install_detectron2.py | $(RUN)
 	$(INSTALL) torch torchvision
-	$(RUN) tools/install_detectron2.py
+	$(RUN) dev/install_detectron2.py
 	$(INSTALL) --editable '.[dev]'
 	touch $@
 
@@ -60,4 +60,4 @@ $(RUN):
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
-	find nl_detectron projects tests tools -name __pycache__ -type d -exec rm -rf {} +
+	find nl_detectron nl_detectron_cli projects tests tools dev -name __pycache__ -type d -exec rm -rf {} +

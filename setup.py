@@ -1,5 +1,5 @@
 """Packaging. detectron2 is not named below: no index carries upstream's under that name, so
-`tools/install_detectron2.py` installs it (`make` calls it). constraints.txt has tested versions.
+`dev/install_detectron2.py` installs it (`make` calls it). constraints.txt has tested versions.
 """
 
 import re

@@ -1,11 +1,13 @@
 """Non-local Neural Networks for detectron2: backbones, a keypoint head, and the block itself."""
 
-from nl_detectron.console import quiet_detectron2
+import warnings
 
 # First of all: if DETECTRON2_ENV_MODULE names this package, importing detectron2 calls back into
-# it, and the modules below must find a whole detectron2. Here its absence is told in one sentence.
+# it, and the modules below must find a whole detectron2.
 try:
-    with quiet_detectron2():
+    with warnings.catch_warnings():
+        # which only detectron2 can mend
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
         import detectron2
         import detectron2.modeling
 except ModuleNotFoundError as error:
@@ -13,7 +15,7 @@ except ModuleNotFoundError as error:
         raise
     raise ModuleNotFoundError(
         "nl_detectron needs detectron2, which is not on the package index under that name: run "
-        "`python tools/install_detectron2.py` from a clone of nl_detectron, or install it your own "
+        "`python dev/install_detectron2.py` from a clone of nl_detectron, or install it your own "
         "way",
         name="detectron2",
     ) from None
@@ -40,6 +42,6 @@ __all__ = [
     "insert_non_local_blocks",
 ]
 
-del detectron2, quiet_detectron2  # not names of this package
+del detectron2, warnings  # not names of this package
 
 __version__ = "0.1.0"

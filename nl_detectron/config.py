@@ -80,7 +80,7 @@ def load_config(path: str | Path, options: Sequence[Any] = ()) -> CfgNode:
     return cfg
 
 
-def stock_twin(cfg: CfgNode) -> CfgNode:
+def without_blocks(cfg: CfgNode) -> CfgNode:
     """Return the same config without the blocks: stock detectron2's backbone and keypoint head."""
     twin = cfg.clone()
     twin.defrost()

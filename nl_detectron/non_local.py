@@ -7,6 +7,7 @@ Shapes: N batch, C in, D inner, P positions, Q queries, K keys; "map" is (N, C, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -264,6 +265,39 @@ class NonLocalBlock(CNNBlockBase):
         if self.axes == "space":
             return rows.reshape(n, t, channels, h, w).transpose(1, 2)
         return rows.reshape(n, h, w, channels, t).permute(0, 3, 4, 1, 2)
+
+
+def find_blocks(model: nn.Module, *patterns: str) -> dict[str, NonLocalBlock]:
+    """Find the non-local blocks of a model by name.
+
+    Args:
+        model: any model.
+        patterns: names or ends of names, such as "res4.non_local4"; ``*`` and ``?`` are wild cards.
+            Without a pattern, all blocks are returned, and there may be none.
+
+    Returns:
+        Full name to block, in the order of the model.
+
+    Raises:
+        ValueError: no block matches a pattern.
+    """
+    blocks = {name: m for name, m in model.named_modules() if isinstance(m, NonLocalBlock)}
+    if not patterns:
+        return blocks
+    if not blocks:
+        raise ValueError(
+            "the model has no non-local blocks; a config inserts them with MODEL.BACKBONE.NAME "
+            "build_non_local_... or MODEL.ROI_KEYPOINT_HEAD.NAME NonLocalKeypointHead"
+        )
+    found = set()
+    for pattern in patterns:
+        matches = {name for name in blocks if fnmatchcase(f".{name}", f"*.{pattern}")}
+        if not matches:
+            raise ValueError(
+                f"the model has no non-local block {pattern!r}; it has {', '.join(blocks)}"
+            )
+        found |= matches
+    return {name: block for name, block in blocks.items() if name in found}
 
 
 def insert_after(parent: nn.Module, after: str, name: str, module: nn.Module) -> None:

@@ -5,7 +5,7 @@ and ``g`` hold phi(x_j) and g(x_j) for each key j. Transposed views of a channel
 well as copies. One function per form computes y; :func:`attention` gives the explicit matrix
 f / C(x), for pictures and for tests.
 
-Every form has more than one path to the same sum (:data:`PATHS`). "textbook" spells out the
+Every form has more than one path to the same sum (:data:`PATHS`). "naive" spells out the
 Q x K matrix; the others never hold it. :func:`choose_path` makes the choice.
 
 ===========  ========================  =============================================================
@@ -33,13 +33,13 @@ from nl_detectron import paths
 
 PAIRWISE = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
 PATHS = {
-    "gaussian": ("textbook", "blocked", "fused"),
-    "embedded_gaussian": ("textbook", "blocked", "fused"),
-    "dot_product": ("textbook", "linear"),
-    "concatenation": ("textbook", "sorted"),
+    "gaussian": ("naive", "blocked", "fused"),
+    "embedded_gaussian": ("naive", "blocked", "fused"),
+    "dot_product": ("naive", "linear"),
+    "concatenation": ("naive", "sorted"),
 }
 
-# A matrix of so many pairs (1 MB in float32) stays in a core's cache: nothing beats "textbook".
+# A matrix of so many pairs (1 MB in float32) stays in a core's cache: nothing beats "naive".
 MAX_TEXTBOOK_PAIRS = 2**18
 
 
@@ -100,7 +100,7 @@ def embedded_gaussian(
     _check_path("embedded_gaussian", path)
     phi, g = _zero_masked(key_mask, phi, g)
     compute = {
-        "textbook": paths.softmax_sum,
+        "naive": paths.softmax_sum,
         "blocked": paths.blocked_softmax_sum,
         "fused": paths.fused_softmax_sum,
     }[path]
@@ -206,11 +206,11 @@ def choose_path(pairwise: str, theta: Tensor, phi: Tensor, g: Tensor, scale: boo
         multiplications = (queries + keys) * width * value_width
         if paths.compiling() or multiplications <= queries * keys * (width + value_width):
             return "linear"
-        return "textbook"
+        return "naive"
     if pairwise == "concatenation":
         if paths.compiling() or queries * keys > MAX_TEXTBOOK_PAIRS:
             return "sorted"
-        return "textbook"
+        return "naive"
     if paths.compiling():
         return "fused"
     # Unscaled softmaxes saturate, where the gradients of "fused" are not exact; on CUDA, those of a
@@ -222,7 +222,7 @@ def choose_path(pairwise: str, theta: Tensor, phi: Tensor, g: Tensor, scale: boo
     if theta.is_cuda and theta.dtype != torch.float64 and (scaled or not needs_gradient):
         return "fused"
     if queries * keys <= MAX_TEXTBOOK_PAIRS:
-        return "textbook"
+        return "naive"
     # On a CPU, fused kernels want one width for all; filled up with zeros, narrow values cost more
     # than they save.
     return "fused" if width == value_width and not needs_gradient else "blocked"

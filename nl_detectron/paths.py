@@ -74,7 +74,7 @@ class _BlockedSoftmaxSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError("path 'blocked' has no second derivative; path 'textbook' has one")
+            raise RuntimeError("path 'blocked' has no second derivative; path 'naive' has one")
         theta, phi, g, key_mask = ctx.saved_tensors
         d_theta, d_phi, d_g = torch.empty_like(theta), torch.zeros_like(phi), torch.zeros_like(g)
         for n, rows, p in _softmax_blocks(theta, phi, key_mask):

@@ -9,9 +9,9 @@ import torch
 from detectron2.config import get_cfg
 
 from nl_detectron import add_non_local_config
-from nl_detectron.coco_files import register_coco_files
+from nl_detectron.engine.coco.files import register_coco_files
 from tests.generated_coco import write_coco
-from tests.running import forget_own_data
+from tests.running import forget_custom_data
 
 
 @pytest.fixture(autouse=True)
@@ -20,9 +20,9 @@ def _seed():
 
 
 @pytest.fixture(autouse=True)
-def _own_data_of_one_test():
+def _custom_data_of_one_test():
     yield
-    forget_own_data()
+    forget_custom_data()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -81,7 +81,7 @@ def small_cfg(cfg):
 
 
 @pytest.fixture(scope="session")
-def own_data(tmp_path_factory):
+def custom_data(tmp_path_factory):
     """Two classes of things with two keypoints: nothing that detectron2 has built in."""
     folder = tmp_path_factory.mktemp("own")
     names = ["left_end", "right_end"]
@@ -92,7 +92,7 @@ def own_data(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def own_data_name(own_data):
+def custom_data_name(custom_data):
     """Its name in detectron2's catalogue."""
-    register_coco_files("own_data", str(own_data), str(own_data.parent / "images"))
-    return "own_data"
+    register_coco_files("custom_data", str(custom_data), str(custom_data.parent / "images"))
+    return "custom_data"

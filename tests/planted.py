@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from detectron2.layers import Conv2d
 
-from nl_detectron.attention import find_blocks
-from nl_detectron.engine import build_predictor
+from nl_detectron.engine.predictor import Predictor
+from nl_detectron.non_local import find_blocks
 
 RED, BLUE = 0, 1  # channels
 SIZE, INPUT_SIZE, PADDED_SIZE = (101, 173), (150, 257), (160, 288)
@@ -28,7 +28,7 @@ def planted_cfg(cfg):
 
 @torch.no_grad()
 def planted_predictor(cfg):
-    predictor = build_predictor(cfg, "")
+    predictor = Predictor(cfg, "")
     model = predictor.model
     for module in (*model.backbone.modules(), *model.roi_heads.keypoint_head.modules()):
         if isinstance(module, Conv2d):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -11,7 +10,6 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "tools"))  # where a script finds the others of its folder
 QUICK = ROOT / "configs" / "quick_schedules"
 # A detector as small as it gets, on images of one size
 TINY = """
@@ -22,13 +20,6 @@ TINY = """
     MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS (32,32,32,32,32,32,32,32)
     MODEL.RPN.POST_NMS_TOPK_TRAIN 20
 """.split()
-
-
-def load_tool(name):
-    spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def run(*command, hook=False, datasets=None, cwd=ROOT):
@@ -42,14 +33,14 @@ def run(*command, hook=False, datasets=None, cwd=ROOT):
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
 
 
-def own_data_arguments(json_file, *splits):
+def custom_data_arguments(json_file, *splits):
     for split in splits:
         yield from (f"--{split}-json", json_file)
         yield from (f"--{split}-images", json_file.parent / "images")
 
 
-def forget_own_data():
+def forget_custom_data():
     """What a tool has registered in this process, so that the next call may name other files."""
-    for name in {"own_train", "own_test"} & set(DatasetCatalog.list()):
+    for name in {"custom_train", "custom_test"} & set(DatasetCatalog.list()):
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)

@@ -20,7 +20,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from nl_detectron import NonLocalBlock, NonLocalResNet, insert_non_local_blocks
-from nl_detectron.config import stock_twin
+from nl_detectron.config import without_blocks
 
 # Paper Sec. 5.1 and 6, released code and GluonCV for R-101; index i is "after residual block i".
 PRESETS = {
@@ -79,7 +79,7 @@ def test_default_is_right_before_the_last_block_of_res4(cfg, depth):
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res5"]
     cfg.MODEL.BACKBONE.NAME = "build_non_local_resnet_backbone"
     with torch.device("meta"):
-        resnet, stock = build_backbone(cfg), build_backbone(stock_twin(cfg))
+        resnet, stock = build_backbone(cfg), build_backbone(without_blocks(cfg))
     number = BLOCKS[depth][2]
     order = [str(i) for i in range(number)]
     order.insert(-1, f"non_local{number - 2}")
@@ -99,7 +99,7 @@ def test_default_is_right_before_the_last_block_of_res4(cfg, depth):
 def test_presets_are_the_stock_network_when_new(cfg, nl_cfg, preset):
     nl_cfg.MODEL.RESNETS.DEPTH = preset[0]
     set_blocks(nl_cfg, PRESETS[preset])
-    stock = with_random_statistics(build_backbone(stock_twin(nl_cfg))).eval()
+    stock = with_random_statistics(build_backbone(without_blocks(nl_cfg))).eval()
     ours = build_backbone(nl_cfg).eval()
     missing, unexpected = ours.load_state_dict(stock.state_dict(), strict=False)
     assert unexpected == []
@@ -161,7 +161,7 @@ def test_builders(small_cfg, name, stages):
     cfg = small_cfg
     cfg.MODEL.BACKBONE.NAME = name
     cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = stages
-    ours, stock = build_backbone(cfg), build_backbone(stock_twin(cfg))
+    ours, stock = build_backbone(cfg), build_backbone(without_blocks(cfg))
     assert type(ours) is type(stock)
     assert ours.output_shape() == stock.output_shape()
     assert ours.size_divisibility == stock.size_divisibility
@@ -191,7 +191,7 @@ def as_tensors(instances):
 def test_detector_is_the_stock_detector_when_new(nl_cfg):
     """Losses and predictions, bit by bit, blocks in the backbone and in the keypoint head."""
     set_blocks(nl_cfg, PRESETS[50, 5])
-    stock_cfg = stock_twin(nl_cfg)
+    stock_cfg = without_blocks(nl_cfg)
     nl_cfg.MODEL.ROI_KEYPOINT_HEAD.NAME = "NonLocalKeypointHead"
     stock, ours = with_random_statistics(build_model(stock_cfg)), build_model(nl_cfg)
     missing, unexpected = ours.load_state_dict(stock.state_dict(), strict=False)
@@ -245,7 +245,7 @@ def test_stock_checkpoints_load_by_name(nl_cfg, preset, dialect, tmp_path):
     nl_cfg.MODEL.MASK_ON = nl_cfg.MODEL.KEYPOINT_ON = False
     nl_cfg.MODEL.RESNETS.DEPTH = preset[0]
     set_blocks(nl_cfg, PRESETS[preset])
-    stock_cfg = stock_twin(nl_cfg)
+    stock_cfg = without_blocks(nl_cfg)
     stock_cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
     weights = with_random_statistics(build_backbone(stock_cfg)).state_dict()
     if dialect == "pth":

@@ -96,7 +96,7 @@ def test_traced(pairwise, position, traced_at):
 
 
 @tracer_warnings
-@pytest.mark.parametrize("path", ["textbook", "blocked", "fused"])
+@pytest.mark.parametrize("path", ["naive", "blocked", "fused"])
 def test_traced_with_a_path_of_choice(path, monkeypatch):
     monkeypatch.setattr(paths, "BLOCK_PAIRS", 100)  # more than one block
     block = make(2, "", "embedded_gaussian").eval()

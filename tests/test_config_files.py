@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from nl_detectron import NonLocalBlock, add_non_local_config
-from nl_detectron.checkpoint import StrictCheckpointer
-from nl_detectron.config import stock_twin
+from nl_detectron.config import without_blocks
+from nl_detectron.engine.checkpoint import StrictCheckpointer
 from tests.running import ROOT
 
 CONFIGS = ROOT / "configs"
@@ -263,7 +263,7 @@ def test_twins_have_the_same_data_and_schedule(leaf):
 @pytest.mark.parametrize("leaf", WITH_STOCK_LEAF)
 def test_without_its_blocks_a_config_is_the_installed_one(leaf):
     stock = load_stock_yaml(re.sub("_NL5?(?=_FPN)|_NLhead", "", leaf) + ".yaml")
-    cfg = stock_twin(load_yaml(CONFIGS / f"{leaf}.yaml"))
+    cfg = without_blocks(load_yaml(CONFIGS / f"{leaf}.yaml"))
     cfg.MODEL.NON_LOCAL = stock.MODEL.NON_LOCAL
     assert cfg == stock
 
@@ -271,7 +271,7 @@ def test_without_its_blocks_a_config_is_the_installed_one(leaf):
 @each_yaml_leaf
 def test_blocks_add_parameters_and_change_none(leaf):
     with torch.device("meta"):
-        stock = build_model(stock_twin(load_yaml(CONFIGS / f"{leaf}.yaml")))
+        stock = build_model(without_blocks(load_yaml(CONFIGS / f"{leaf}.yaml")))
     ours = parameters(yaml_model(leaf))
     added = {name: ours.pop(name) for name in list(ours) if ".non_local" in name}
     assert ours == parameters(stock)
@@ -284,7 +284,7 @@ def test_blocks_add_parameters_and_change_none(leaf):
 def test_checkpoint_with_stock_names_loads(leaf, tmp_path):
     with torch.device("meta"):
         model = build_model(load_yaml(CONFIGS / f"{leaf}.yaml")).to_empty(device="cpu")
-        stock = build_model(stock_twin(load_yaml(CONFIGS / f"{leaf}.yaml")))
+        stock = build_model(without_blocks(load_yaml(CONFIGS / f"{leaf}.yaml")))
     checkpoint = {name: torch.rand(shape) for name, shape in shapes(stock).items()}
     torch.save({"model": checkpoint}, tmp_path / "stock.pth")
     StrictCheckpointer(model).load(str(tmp_path / "stock.pth"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import itertools
 import re
 import subprocess
 import sys
@@ -15,31 +14,33 @@ import nl_detectron
 from tests.running import ROOT
 
 PACKAGE = ROOT / "nl_detectron"
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
-# A module imports only from layers before its own.
-LAYERS = [
-    [
-        "console",
-        "paths",
-        "config",
-        "cells",
-        "evaluation",
-        "flipping",
-        "flops",
-        "frames",
-        "metadata",
-    ],
-    ["ops", "weight_scale", "coco_results", "coco_files"],
-    ["non_local", "canvas"],
-    ["backbone", "keypoint_head", "checkpoint", "attention", "cost", "data_sets", "pictures"],
-    ["engine", "health", "model_cost", "config_blocks"],
-    ["twins", "launch", "queries"],
-    ["__init__"],
-    ["env"],
-]
+# The modules of a room, each of which imports only from those before it, and the rooms, each of
+# which imports only from those named with it.
+ROOMS = {
+    "": "paths ops config non_local backbone keypoint_head __init__ env config_blocks",
+    "weights": "dialects names blocks files convert report",
+    "analysis": "geometry drawing.colors drawing.canvas drawing.figures attention queries "
+    "health cost detector_cost",
+    "engine": "console frames coco.flipping coco.files coco.metadata coco.data_sets "
+    "coco.evaluation coco.results checkpoint predictor trainer launch ablation",
+}
+ALLOWED = {"": ["weights"], "weights": [], "analysis": [""], "engine": [""]}
+
+
+def module_name(path):
+    """Of a file of the package, below it; a package's __init__ has the package's name."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[1:] and parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+ROOM_OF = {
+    f"{room}.{name}".lstrip("."): room for room, names in ROOMS.items() for name in names.split()
+}
+ORDER = list(ROOM_OF)
 
 
 def imports(path, tree=None):
@@ -50,32 +51,41 @@ def imports(path, tree=None):
         elif isinstance(node, ast.ImportFrom):
             module = f"{path.parent.name}.{node.module}" if node.level else node.module
             # `from nl_detectron import ops` imports a module, `... import NonLocalBlock` does not.
-            modules = [alias.name for alias in node.names if alias.name in MODULES]
-            if module == PACKAGE.name and modules:
-                yield from (f"{module}.{name}" for name in modules)
-            else:
-                yield module
+            names = [f"{module}.{alias.name}" for alias in node.names]
+            modules = [name for name in names if name.partition(".")[2] in MODULES]
+            yield from modules or [module]
 
 
 def packages(path):
     return {name.split(".")[0] for name in imports(path)}
 
 
-def layer(module):
-    return next(i for i, names in enumerate(LAYERS) if module in names)
+def own_imports(name):
+    """The modules of the package that one of them imports."""
+    for imported in imports(MODULES[name]):
+        top, _, rest = imported.partition(".")
+        assert top not in ("nl_detectron_cli", "tools", "projects", "tests", "dev"), imported
+        if top == PACKAGE.name:
+            yield rest or "__init__"
 
 
-def test_every_module_has_a_layer():
-    assert sorted(itertools.chain(*LAYERS)) == MODULES
+def test_every_module_has_a_place():
+    packages = {name for name, path in MODULES.items() if path.stem == "__init__"} - {"__init__"}
+    assert set(MODULES) - packages == set(ORDER)
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_run_one_way(module):
-    for name in imports(PACKAGE / f"{module}.py"):
-        top, _, rest = name.partition(".")
-        assert top not in ("tools", "projects", "tests"), name
-        if top == PACKAGE.name and rest != "weights":  # which stand alone, see below
-            assert layer(rest or "__init__") < layer(module), f"{module} imports {name}"
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_run_one_way(name):
+    for imported in own_imports(name):
+        if imported not in ROOM_OF:  # a package: as one of its modules
+            imported = max(
+                (other for other in ORDER if other.startswith(imported)), key=ORDER.index
+            )
+        room = ROOM_OF[imported]
+        if room == ROOM_OF[name]:
+            assert ORDER.index(imported) < ORDER.index(name), f"{name} imports {imported}"
+        else:
+            assert room in ALLOWED[ROOM_OF[name]], f"{name} imports {imported}"
 
 
 @pytest.mark.parametrize(
@@ -84,18 +94,6 @@ def test_imports_run_one_way(module):
 def test_science_and_its_oracles_need_torch_alone(path):
     own = {"nl_detectron"} if path.stem == "ops" else set()  # its paths
     assert packages(path) - sys.stdlib_module_names == {"torch"} | own
-
-
-def test_weights_stand_alone():
-    """Their modules import each other in one direction, and nothing else of the package."""
-    order = ["dialects", "names", "blocks", "files", "convert", "report", "__init__"]
-    assert {path.stem for path in (PACKAGE / "weights").glob("*.py")} == set(order)
-    for i, module in enumerate(order):
-        path = PACKAGE / "weights" / f"{module}.py"
-        lower = {f"nl_detectron.weights.{name}" for name in order[:i]}
-        ours = {name for name in imports(path) if name.startswith("nl_detectron")}
-        assert ours <= lower, module
-        assert packages(path) - sys.stdlib_module_names <= {"torch", "numpy", "nl_detectron"}
 
 
 def test_hook_imports_nothing_before_it_is_called():
@@ -107,16 +105,15 @@ def test_hook_imports_nothing_before_it_is_called():
 
 def test_detectron2_is_imported_first():
     path = PACKAGE / "__init__.py"
-    docstring, console, first, *_ = ast.parse(path.read_text(encoding="utf-8")).body
-    assert list(imports(path, console)) == ["nl_detectron.console"]
-    assert packages(PACKAGE / "console.py") <= sys.stdlib_module_names
+    _, warnings, first, *_ = ast.parse(path.read_text(encoding="utf-8")).body
+    assert list(imports(path, warnings)) == ["warnings"]
     assert list(imports(path, first)) == ["detectron2", "detectron2.modeling"]
 
 
 def test_public_names_are_our_own():
     """And those of submodules, which Python adds."""
     names = {name for name in dir(nl_detectron) if not name.startswith("_")}
-    assert names - {*MODULES, "weights"} == set(nl_detectron.__all__)
+    assert names - {name.partition(".")[0] for name in MODULES} == set(nl_detectron.__all__)
 
 
 def test_projects_do_not_import_each_other():
@@ -138,7 +135,7 @@ def test_tools_are_no_package():
 
 
 def test_paths_in_readme():
-    folders = "nl_detectron|configs|tools|projects|tests"
+    folders = "nl_detectron|nl_detectron_cli|configs|dev|tools|projects|tests"
     paths = set(re.findall(rf"(?<![\w/.-])(?:{folders})/[\w./-]*\w", README))
     paths |= set(re.findall(r"`(Makefile|LICENSE|[\w-]+\.(?:txt|toml|md))`", README))
     paths |= set(re.findall(r"\]\((?!https?:|#)([^)]+)\)", README))

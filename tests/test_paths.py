@@ -18,7 +18,7 @@ from nl_detectron import ops, paths
 from tests import oracles
 from tests.test_ops import operate, sample
 
-LEAN = [(p, path) for p, names in ops.PATHS.items() for path in names if path != "textbook"]
+LEAN = [(p, path) for p, names in ops.PATHS.items() for path in names if path != "naive"]
 
 
 @settings(deadline=None, max_examples=50, derandomize=True)
@@ -109,7 +109,7 @@ def test_concatenation_tells_sorted_which_keys_take_part():
 # The gaussian form of a map: a position is its own strongest key, and the exact gradients of theta
 # and phi vanish. That of g is left.
 @pytest.mark.parametrize("activation", [1, 4, 16])
-@pytest.mark.parametrize("path", ["textbook", "blocked", None])
+@pytest.mark.parametrize("path", ["naive", "blocked", None])
 @pytest.mark.parametrize("pairwise", ["gaussian", "embedded_gaussian"])
 def test_gradients_where_the_softmax_saturates(pairwise, path, activation):
     x, dy = activation * torch.randn(1, 530, 32), torch.randn(1, 530, 32)
@@ -149,9 +149,9 @@ def largest(pairwise, path, *shape):
     return recorded.numel
 
 
-def test_textbook_concatenation_holds_pairs_without_their_channels():
+def test_naive_concatenation_holds_pairs_without_their_channels():
     n, q, k = 2, 31, 29
-    assert largest("concatenation", "textbook", n, q, k, 11, 7) == n * q * k
+    assert largest("concatenation", "naive", n, q, k, 11, 7) == n * q * k
 
 
 @pytest.mark.parametrize(("pairwise", "path"), LEAN)
@@ -173,7 +173,7 @@ def run(pairwise, path, q):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 before = max(run(*case, 600) for case in LEAN)  # all libraries are loaded now
-print(json.dumps([run(*case, 16700) - before for case in [*LEAN, ("concatenation", "textbook")]]))
+print(json.dumps([run(*case, 16700) - before for case in [*LEAN, ("concatenation", "naive")]]))
 """
 
 
@@ -183,10 +183,10 @@ def test_peak_memory():
     code = PEAKS.format(path=sys.path)
     command = [sys.executable, "-W", "ignore", "-c", code]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
-    *lean, textbook = json.loads(run.stdout)
+    *lean, naive = json.loads(run.stdout)
     matrix = 16700 * 16700 * 4
     assert max(lean) < matrix / 4, dict(zip(LEAN, lean))
-    assert textbook > matrix  # so that it would be seen
+    assert naive > matrix  # so that it would be seen
 
 
 # res4 of an 800 x 1333 image, keys pooled 2 x 2; C = 1024
@@ -197,7 +197,7 @@ def test_peak_memory():
 )
 def test_a_large_map_is_computed_without_a_tensor_of_all_pairs(pairwise, width, gradient):
     theta, phi, g, _ = sample(1, 4200, 1050, width, 512, dtype=torch.float32, device="meta")
-    assert ops.choose_path(pairwise, theta.requires_grad_(gradient), phi, g) != "textbook"
+    assert ops.choose_path(pairwise, theta.requires_grad_(gradient), phi, g) != "naive"
 
 
 @pytest.mark.parametrize("scale", [True, False])

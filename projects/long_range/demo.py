@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import time
 from pathlib import Path
+
+from nl_detectron_cli.threads import let_threads_sleep
 
 
 def parse_args() -> argparse.Namespace:
@@ -25,12 +26,12 @@ def parse_args() -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    from long_range.comparison import draw_figure
     from long_range.dataset import SPLIT_SIZES, register, write_dataset
-    from long_range.pictures import draw_figure
-    from long_range.twins import Trainer, twin_config
+    from long_range.training import AdamWTrainer, twin_config
 
-    from nl_detectron.console import mistakes_in_one_sentence
-    from nl_detectron.twins import LABELS, ap_table, draw_losses, train_twin
+    from nl_detectron.engine.ablation import LABELS, ap_table, draw_losses, train_twin
+    from nl_detectron.engine.console import mistakes_in_one_sentence
 
     kind = "keypoints" if args.keypoints else "instances"
     seed_folder = args.output / f"seed{args.seed}"
@@ -55,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
         label = LABELS[twin]
         print(f"{label} twin, training {number} of {len(configs)}", flush=True)
         start = time.monotonic()
-        runs[label] = train_twin(cfg, trainer_class=Trainer)
+        runs[label] = train_twin(cfg, trainer_class=AdamWTrainer)
         print(f"  done in {(time.monotonic() - start) / 60:.1f} min")
     print("\n" + ap_table({label: run.ap for label, run in runs.items()}) + "\n", flush=True)
 
@@ -75,10 +76,8 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     args = parse_args()
-    # Threads that wait are to sleep soon, not to spin: see tools/train_net.py.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    from nl_detectron.console import quiet_detectron2
+    let_threads_sleep()
+    from nl_detectron.engine.console import quiet_detectron2
 
     with quiet_detectron2():
         main(args)

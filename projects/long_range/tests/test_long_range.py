@@ -11,15 +11,15 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
-from long_range import twins
+from long_range import training
+from long_range.comparison import draw_figure
 from long_range.dataset import KINDS, categories, make_scene, register, write_dataset
-from long_range.pictures import draw_figure
 from long_range.scene import BEACON_COLOURS, CLEARANCE, HEIGHT, WIDTH
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from nl_detectron.config import load_config
-from nl_detectron.twins import LABELS, train_twin
+from nl_detectron.engine.ablation import LABELS, train_twin
 
 SIZE = 7
 
@@ -146,15 +146,15 @@ def test_bad_arguments_are_named(tmp_path):
     with pytest.raises(ValueError, match="seed .* got -1"):
         write_dataset(tmp_path, "instances", "val", seed=-1, size=1)
     with pytest.raises(ValueError, match="twin must be one of .*'nl'"):
-        twins.twin_config("instances", "nl", output=tmp_path, seed=0)
+        training.twin_config("instances", "nl", output=tmp_path, seed=0)
     with pytest.raises(ValueError, match="budget .* got 0"):
-        twins.twin_config("instances", "stock", output=tmp_path, seed=0, budget=0)
+        training.twin_config("instances", "stock", output=tmp_path, seed=0, budget=0)
 
 
 def awake_model(kind, twin, tmp_path):
     """A model in test mode whose non-local blocks, if any, are no longer the identity."""
     torch.manual_seed(0)
-    model = build_model(twins.twin_config(kind, twin, output=tmp_path, seed=0)).eval()
+    model = build_model(training.twin_config(kind, twin, output=tmp_path, seed=0)).eval()
     for name, parameter in model.named_parameters():
         if "non_local" in name and "conv_out.weight" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -227,10 +227,10 @@ def test_reach_of_the_stock_heads_ends_before_the_beacon(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_stock_twin_is_the_config_without_the_block(kind, tmp_path):
-    name = twins.CONFIG_NAMES[kind].removesuffix("_NL")
-    written = load_config(twins.CONFIGS / f"{name}.yaml")
-    twin = twins.twin_config(kind, "stock", output=tmp_path, seed=0)
+def test_without_blocks_is_the_config_without_the_block(kind, tmp_path):
+    name = training.CONFIG_NAMES[kind].removesuffix("_NL")
+    written = load_config(training.CONFIGS / f"{name}.yaml")
+    twin = training.twin_config(kind, "stock", output=tmp_path, seed=0)
     assert {**twin.MODEL} == {**written.MODEL}
     assert {**twin.INPUT} == {**written.INPUT}
 
@@ -246,7 +246,9 @@ def registered(folders):
 def test_twins_start_alike(kind, tmp_path, registered):
     starts = {}
     for twin in LABELS:
-        trainer = twins.Trainer(twins.twin_config(kind, twin, output=tmp_path, seed=5, budget=0.01))
+        trainer = training.AdamWTrainer(
+            training.twin_config(kind, twin, output=tmp_path, seed=5, budget=0.01)
+        )
         weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
         with EventStorage() as storage:
             trainer.iter = 0
@@ -266,8 +268,8 @@ def test_twins_start_alike(kind, tmp_path, registered):
 def test_short_training_is_evaluated_and_drawn(kind, tmp_path, registered, folders):
     files = {}
     for twin in LABELS:
-        cfg = twins.twin_config(kind, twin, output=tmp_path / twin, seed=0, budget=0.1)
-        run = train_twin(cfg, trainer_class=twins.Trainer)
+        cfg = training.twin_config(kind, twin, output=tmp_path / twin, seed=0, budget=0.1)
+        run = train_twin(cfg, trainer_class=training.AdamWTrainer)
         files[twin] = tmp_path / twin / "inference" / "coco_instances_results.json"
         assert set(run.ap) == {"bbox", "segm" if kind == "instances" else "keypoints"}
         assert run.losses["total_loss"][-1] < run.losses["total_loss"][0]

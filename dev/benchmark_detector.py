@@ -1,0 +1,128 @@
+"""What the blocks of a config cost its whole detector: time of inference and of training.
+
+The detector and its stock twin have the same random weights, see the same random image, keep a
+fixed number of detections, and take turns in one process. What is printed is the median of the
+ratios of their times with its quartiles, and the share of the blocks themselves in the time.
+
+    python dev/benchmark_detector.py
+    python dev/benchmark_detector.py --train --rounds 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from nl_detectron import NonLocalBlock
+from nl_detectron.config import load_config, without_blocks
+
+CONFIG = (
+    Path(__file__).parents[1] / "configs/COCO-InstanceSegmentation/mask_rcnn_R_50_NL_FPN_1x.yaml"
+)
+
+
+class Stopwatch:
+    """Adds up the seconds that go by in the forward pass of all blocks of a model."""
+
+    def __init__(self, model: nn.Module):
+        """Watch the model from now on."""
+        self.seconds = 0.0
+        for module in model.modules():
+            if isinstance(module, NonLocalBlock):
+                module.register_forward_pre_hook(self._start)
+                module.register_forward_hook(self._stop)
+
+    def _start(self, *_: Any) -> None:
+        self.seconds -= now()
+
+    def _stop(self, *_: Any) -> None:
+        self.seconds += now()
+
+
+def now() -> float:
+    """Return the time, once the device has done its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def build(cfg: CfgNode) -> tuple[nn.Module, nn.Module]:
+    """Build a stock detector that finds as many objects as it may, and its twin with blocks.
+
+    The twin's blocks are new, so it finds the same: detectors take longer for more proposals.
+    """
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    torch.manual_seed(0)
+    stock, ours = build_model(without_blocks(cfg)), build_model(cfg)
+    ours.load_state_dict(stock.state_dict(), strict=False)
+    return stock, ours
+
+
+def inputs(size: tuple[int, int], objects: int) -> list[dict[str, Any]]:
+    """Make an image (3, H, W) with objects in it."""
+    torch.manual_seed(0)
+    corners = torch.rand(objects, 2) * torch.tensor([size[1] - 99, size[0] - 99])
+    instances = Instances(size)
+    instances.gt_boxes = Boxes(torch.cat([corners, corners + 20 + 70 * torch.rand(objects, 2)], 1))
+    instances.gt_classes = torch.zeros(objects, dtype=torch.int64)
+    instances.gt_masks = BitMasks(torch.ones(objects, *size, dtype=torch.bool))
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+    return [{"image": image, "height": size[0], "width": size[1], "instances": instances}]
+
+
+def run(model: nn.Module, batch: list[dict[str, Any]]) -> float:
+    """Run a forward pass, in training with its backward pass; return the seconds."""
+    torch.manual_seed(0)  # of what a detector samples in training
+    start = now()
+    if model.training:
+        with EventStorage():
+            sum(model(batch).values()).backward()
+    else:
+        with torch.no_grad():
+            model(batch)
+    return now() - start
+
+
+def main() -> None:
+    """Parse the arguments, measure, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", type=Path, default=CONFIG)
+    parser.add_argument("--image-size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--train", action="store_true", help="forward and backward, not inference")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
+    args = parser.parse_args()
+    cfg = load_config(args.config_file, args.opts)
+    stock, ours = (model.train(args.train) for model in build(cfg))
+    batch = inputs(tuple(args.image_size), objects=10)
+    run(stock, batch), run(ours, batch)
+    stopwatch = Stopwatch(ours)
+    ratios, shares = [], []
+    for i in range(args.rounds):
+        stopwatch.seconds = 0.0
+        seconds = run(stock, batch)
+        ratios.append(run(ours, batch) / seconds)
+        shares.append(stopwatch.seconds / seconds)
+        print(f"round {i + 1}: {100 * (ratios[-1] - 1):+.1f} %", flush=True)
+    low, median, high = statistics.quantiles(ratios)
+    print(
+        f"with blocks / without: {100 * (median - 1):+.1f} % "
+        f"(quartiles {100 * (low - 1):+.1f}, {100 * (high - 1):+.1f}; {args.rounds} rounds); "
+        f"forward pass of the blocks: {100 * statistics.median(shares):.1f} % of the stock time"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What trains, compares and predicts with a model; only :mod:`.coco` knows of a task."""

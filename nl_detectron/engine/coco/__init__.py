@@ -1,0 +1,1 @@
+"""All that knows COCO detection: data sets, names of classes, AP."""

@@ -1,0 +1,149 @@
+"""Runs a tool: first checks what can be checked without training, then starts its processes."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from detectron2 import engine
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from torch import nn
+
+from nl_detectron.engine.checkpoint import StrictCheckpointer
+from nl_detectron.engine.console import mistakes_in_one_sentence, quiet_detectron2
+from nl_detectron.engine.predictor import model_errors
+from nl_detectron.engine.trainer import load_options, read_config
+
+Main = Callable[[argparse.Namespace], Any]
+
+
+def launch(
+    main: Main,
+    args: argparse.Namespace,
+    check: Callable[[argparse.Namespace, CfgNode, nn.Module], None] | None = None,
+) -> None:
+    """Run ``main(args)`` in as many processes as the arguments ask for, on GPUs or on the CPU.
+
+    What is wrong with the arguments, the config, its data or its weights ends the program with one
+    sentence, before anything else is printed.
+
+    Args:
+        main: runs in every process.
+        args: arguments of tools/train_net.py.
+        check: raises ``ValueError`` where the config, or the model built from it, is of no use to
+            this tool.
+    """
+    with quiet_detectron2():
+        with mistakes_in_one_sentence():
+            cfg = read_config(args)
+            processes = _number_of_processes(args, cfg)
+            _check_output(cfg)
+            model = build_and_load(args, cfg)
+            if check:
+                check(args, cfg, model)
+            del model
+        world_size = processes * args.num_machines
+        if world_size == 1:
+            main(args)
+        elif cfg.MODEL.DEVICE == "cpu":
+            with tempfile.TemporaryDirectory() as folder:
+                url = f"file://{folder}/store" if args.dist_url == "auto" else args.dist_url
+                mp.start_processes(_cpu_worker, (main, args, processes, url), processes)
+        else:
+            machines = (args.num_machines, args.machine_rank, args.dist_url)
+            engine.launch(main, processes, *machines, args=(args,))
+
+
+def _number_of_processes(args: argparse.Namespace, cfg: CfgNode) -> int:
+    """Return how many processes to run on this machine."""
+    processes = args.num_processes or args.num_gpus
+    if cfg.MODEL.DEVICE == "cpu":
+        if args.num_gpus > 1:
+            raise ValueError(
+                f"--num-gpus {args.num_gpus}: there is no CUDA device, or MODEL.DEVICE is 'cpu'; "
+                f"--num-processes {args.num_gpus} runs as many processes on the CPU"
+            )
+    elif processes > torch.cuda.device_count():
+        raise ValueError(
+            f"--num-gpus {processes}: this machine has {torch.cuda.device_count()} CUDA devices"
+        )
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise ValueError(
+            f"--dist-url auto finds a port on one machine, got --num-machines {args.num_machines}"
+        )
+    world_size, batch_size = processes * args.num_machines, cfg.SOLVER.IMS_PER_BATCH
+    if not cfg.SOLVER.REFERENCE_WORLD_SIZE and batch_size % world_size and not args.eval_only:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH must be a multiple of the number of processes, {world_size}; "
+            f"got {batch_size}"
+        )
+    return processes
+
+
+def _check_output(cfg: CfgNode) -> None:
+    try:
+        PathManager.mkdirs(cfg.OUTPUT_DIR)
+        with tempfile.TemporaryFile(dir=cfg.OUTPUT_DIR):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written to: {error.strerror}"
+        ) from error
+
+
+def build_and_load(args: argparse.Namespace, cfg: CfgNode) -> nn.Module:
+    """Build a model and load its weights, as the training will, to see whether that works.
+
+    Raises:
+        ValueError: it does not.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    logging.disable(logging.WARNING)  # all of it will be said when it is done for good
+    try:
+        with model_errors():
+            model = build_model(cfg)
+        checkpointer = StrictCheckpointer(model, cfg.OUTPUT_DIR, **load_options(args))
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    finally:
+        logging.disable(logging.NOTSET)
+    return model
+
+
+def share_cores(processes: int) -> None:
+    """Let this process take its share of the cores, unless the environment says how many threads.
+
+    Else each process has as many threads as there are cores, and where one thread waits for a core,
+    all threads of its process wait for it, many times in each iteration.
+    """
+    if not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
+        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+
+
+def _cpu_worker(rank: int, main: Main, args: argparse.Namespace, processes: int, url: str) -> None:
+    """Do what detectron2's worker does, for which 0.6 insists on CUDA."""
+    share_cores(processes)
+    dist.init_process_group(
+        "gloo",
+        url,
+        rank=args.machine_rank * processes + rank,
+        world_size=args.num_machines * processes,
+    )
+    for machine in range(args.num_machines):
+        group = dist.new_group(list(range(machine * processes, (machine + 1) * processes)))
+        if machine == args.machine_rank:
+            comm._LOCAL_PROCESS_GROUP = group
+    comm.synchronize()
+    with quiet_detectron2():
+        main(args)

@@ -1,0 +1,1 @@
+"""The commands, apart from the package whose import takes seconds, for PyTorch and detectron2."""

@@ -1,0 +1,79 @@
+"""Print what non-local blocks add to the parameters, the computation and the memory of a model.
+
+Every config is compared with its stock twin, the same config without the blocks; for a config that
+is named, each block is listed as well. Networks are built on the meta device, so nothing is
+computed or downloaded. GMAC is what detectron2 and fvcore print as GFLOPs: a multiply and an add
+count as one. (Their own counters miss fused attention: nl_detectron.analysis.cost has handles.)
+
+    python tools/analyze.py
+    python tools/analyze.py --config-file configs/COCO-Detection/retinanet_R_50_NL_FPN_1x.yaml \\
+        --batch-size 2 MODEL.NON_LOCAL.PAIRWISE dot_product
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from nl_detectron_cli.arguments import at_least
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments, without importing what takes seconds to import."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", type=Path, metavar="FILE", help="default: all full ones")
+    parser.add_argument(
+        "--image-size",
+        type=at_least(1),
+        nargs=2,
+        default=(800, 1333),
+        metavar=("H", "W"),
+        help="before padding (default: 800 1333)",
+    )
+    parser.add_argument(
+        "--proposals",
+        type=at_least(1),
+        default=1000,
+        help="RoIs of the box head (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--detections",
+        type=at_least(1),
+        default=100,
+        help="RoIs of the other heads (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=at_least(1),
+        default=1,
+        help="images, for the cost of each block (default: %(default)s)",
+    )
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the tables."""
+    args = parse_args(argv)
+
+    from nl_detectron.analysis.detector_cost import Load, block_rows, build, model_rows
+    from nl_detectron.config import load_config
+    from nl_detectron.engine.console import mistakes_in_one_sentence
+    from nl_detectron.engine.predictor import model_errors
+
+    paths = [args.config_file] if args.config_file else sorted(CONFIGS.glob("COCO-*/[!B]*.yaml"))
+    with mistakes_in_one_sentence(), model_errors():
+        configs = [(path.stem, load_config(path, args.opts)) for path in paths]
+        for _, cfg in configs:
+            build(cfg)
+    load = Load(tuple(args.image_size), args.proposals, args.detections)
+    for line in model_rows(configs, load):
+        print(line, flush=True)
+    if args.config_file:
+        print()
+        for line in block_rows(configs[0][1], load, args.batch_size):
+            print(line, flush=True)

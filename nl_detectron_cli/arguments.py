@@ -1,0 +1,88 @@
+"""Arguments that commands share. The standard library alone, so that ``--help`` is fast."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """Return a type of argument."""
+
+    def parse(text: str) -> int:
+        if not text.lstrip("-").isdigit() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"must be {minimum} or more, got {text}")
+        return int(text)
+
+    return parse
+
+
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """The arguments of detectron2's train_net, and ours."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML config")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoint in OUTPUT_DIR, if there is one",
+    )
+    parser.add_argument("--eval-only", action="store_true", help="evaluate, do not train")
+    processes = parser.add_mutually_exclusive_group()
+    processes.add_argument(
+        "--num-gpus",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="GPUs on each machine (default: %(default)s)",
+    )
+    processes.add_argument(
+        "--num-processes", type=at_least(1), metavar="N", help="the same where there is no GPU"
+    )
+    parser.add_argument(
+        "--num-machines", type=at_least(1), default=1, metavar="N", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--machine-rank",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="of this machine (default: %(default)s)",
+    )
+    # A port for each user, as in detectron2: a second run of the same user says that it is taken.
+    port = 2**15 + 2**14 + hash(os.getuid() if hasattr(os, "getuid") else 1) % 2**14
+    parser.add_argument(
+        "--dist-url",
+        default=f"tcp://127.0.0.1:{port}",
+        help="where processes meet; on one machine, auto finds a free port (default: %(default)s)",
+    )
+    for split in ("train", "test"):
+        parser.add_argument(f"--{split}-json", help=f"custom COCO annotations to {split} on")
+        parser.add_argument(f"--{split}-images", help=f"the image folder of --{split}-json")
+    parser.add_argument(
+        "--allow-missing",
+        action="append",
+        default=[],
+        metavar="PREFIX",
+        help="a part of the model to start from scratch, such as roi_heads.box_predictor; all else "
+        "but non-local blocks must be in the checkpoint; may be given several times",
+    )
+    parser.add_argument(
+        "--allow-partial",
+        action="append_const",
+        dest="allow_missing",
+        const="",
+        help="accept a checkpoint that lacks anything",
+    )
+    parser.add_argument(
+        "--strip-blocks",
+        action="store_true",
+        help="leave out the non-local blocks of the checkpoint, which is refused otherwise where "
+        "the model has no place for them",
+    )
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, help="config keys and values, such as SOLVER.BASE_LR 0.01"
+    )
+    return parser

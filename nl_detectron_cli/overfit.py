@@ -1,0 +1,84 @@
+"""Check a model and a data set against each other: can it learn a few of its images by heart?
+
+Takes the first images of a COCO json that have objects (for keypoint models: labelled persons),
+trains on them with tools/train_net.py, and evaluates on the same images. A correct set-up reaches a
+high AP; one with wrong labels, boxes or weights does not.
+
+    python tools/overfit.py \\
+        --config-file configs/quick_schedules/mask_rcnn_R_18_NL_FPN_overfit.yaml \\
+        --json datasets/coco/annotations/instances_train2017.json \\
+        --images datasets/coco/train2017 OUTPUT_DIR output/overfit
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from nl_detectron_cli import train
+from nl_detectron_cli.arguments import at_least
+
+
+def first_images(data: dict[str, Any], count: int, max_objects: int) -> dict[str, Any]:
+    """Return the first images of a COCO data set with 1 to ``max_objects`` labelled objects."""
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(data, dict) or not data.get(key):
+            raise ValueError(f"it has no {key}")
+    keypoints = any("keypoints" in category for category in data["categories"])
+    objects = Counter(a["image_id"] for a in data["annotations"])
+    unusable = {a["image_id"] for a in data["annotations"] if a.get("iscrowd")}
+    if keypoints:
+        unusable |= {a["image_id"] for a in data["annotations"] if not a.get("num_keypoints")}
+    usable = [
+        image
+        for image in data["images"]
+        if 1 <= objects[image["id"]] <= max_objects and image["id"] not in unusable
+    ]
+    if len(usable) < count:
+        raise ValueError(
+            f"only {len(usable)} images have 1 to {max_objects} objects, --count is {count}"
+        )
+    chosen = {image["id"] for image in usable[:count]}
+    annotations = [a for a in data["annotations"] if a["image_id"] in chosen]
+    return {**data, "images": usable[:count], "annotations": annotations}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML config")
+    parser.add_argument("--json", type=Path, required=True, help="COCO annotations")
+    parser.add_argument("--images", required=True, help="image folder of --json")
+    parser.add_argument(
+        "--count", type=at_least(1), default=8, help="number of images (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-objects",
+        type=at_least(1),
+        default=10,
+        help="of an image, to keep it short (default: %(default)s)",
+    )
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write the small data set, and train on it."""
+    args = parse_args(argv)
+    try:
+        subset = first_images(json.loads(args.json.read_bytes()), args.count, args.max_objects)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--json {args.json}: {error}") from error
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "subset.json"
+        path.write_text(json.dumps(subset))
+        words = ["--config-file", args.config_file]
+        for split in ("train", "test"):
+            words += [f"--{split}-json", str(path), f"--{split}-images", args.images]
+        train.main(words + args.opts)

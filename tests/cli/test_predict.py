@@ -1,0 +1,262 @@
+"""tools/predict.py on an image, a folder and a video."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import threading
+import time
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+from pycocotools.coco import COCO
+
+from nl_detectron.config import load_config
+from nl_detectron.engine.coco.data_sets import take_numbers
+from nl_detectron.engine.coco.files import register_coco_files
+from nl_detectron.engine.predictor import Predictor
+from nl_detectron.engine.trainer import Trainer
+from nl_detectron_cli.predict import main
+from tests.running import QUICK, TINY, forget_custom_data
+
+CONFIG = str(QUICK / "keypoint_rcnn_R_18_NL_FPN_NLhead_overfit.yaml")
+CLASSES = ["MODEL.ROI_HEADS.NUM_CLASSES", "1", "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "2"]
+OPTIONS = [*TINY, *CLASSES, "MODEL.MASK_ON", "True", "TEST.DETECTIONS_PER_IMAGE", "5"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A model with new weights: its few objects are wrong, but there are some."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "model.pth"
+    model = build_model(load_config(CONFIG, OPTIONS))
+    torch.save({"model": model.state_dict()}, path)
+    return path
+
+
+@pytest.fixture
+def predict(weights, custom_data):
+
+    def run(source, *arguments, config=CONFIG, weights=weights, annotations=custom_data):
+        forget_custom_data()  # of a call before, with another folder
+        named = {"config-file": config, "weights": weights, "input": source}
+        fixed = [word for name, value in named.items() for word in (f"--{name}", value)]
+        fixed += ["--annotations", annotations] if annotations else []
+        fixed += ["--score-threshold", "0.1"]
+        main([str(word) for word in [*fixed, *arguments, *OPTIONS]])
+
+    return run
+
+
+@pytest.fixture
+def images(custom_data):
+    return custom_data.parent / "images"
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def touched(picture, image, tolerance=0):
+    """The share of pixels that are not the image's."""
+    assert picture.shape == image.shape
+    return (np.abs(picture.astype(int) - image).max(axis=2) > tolerance).mean()
+
+
+def test_folder_as_evaluated(predict, images, custom_data, weights, tmp_path, capsys):
+    """The objects are those that detectron2's evaluator finds, and COCO's tools read them."""
+    predict(images, "--output", tmp_path / "pictures", "--json", tmp_path / "new/found.json")
+    assert "4 images done, 0 skipped" in capsys.readouterr().out
+    for image in images.iterdir():
+        picture = cv2.imread(str(tmp_path / "pictures" / image.name))
+        assert 0.01 < touched(picture, cv2.imread(str(image))) < 0.9
+
+    cfg = load_config(CONFIG, [*OPTIONS, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.1"])
+    cfg.OUTPUT_DIR = str(tmp_path)
+    cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.1, 0.1]
+    register_coco_files("custom_test", str(custom_data), str(images))
+    cfg.DATASETS.TEST = ("custom_test",)
+    take_numbers(cfg, "custom_test")
+    model = Predictor(cfg, str(weights)).model
+    Trainer.test(cfg, model)
+    found = read(tmp_path / "new/found.json")
+    assert found == read(tmp_path / "inference/coco_instances_results.json")
+    assert {a["image_id"] for a in found} == {1, 2, 3, 4}
+    assert {a["category_id"] for a in found} == {3}
+    assert all(len(a["keypoints"]) == 2 * 3 for a in found)
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert len(COCO(str(custom_data)).loadRes(found).anns) == len(found)
+
+
+def test_images_that_fail_are_named_skipped_and_counted(predict, images, tmp_path, capsys):
+    """In the decoder, in the network (too flat to be resized) and when the picture is written."""
+    folder, pictures = tmp_path / "images", tmp_path / "pictures"
+    (pictures / "6.png").mkdir(parents=True)
+    folder.mkdir()
+    whole = (images / "1.png").read_bytes()
+    for name in ("1.png", "6.png", "new.png"):
+        (folder / name).write_bytes(whole)
+    (folder / "2.png").write_bytes(whole[:2000])
+    (folder / "3.jpg").write_text("no image")
+    cv2.imwrite(str(folder / "4.png"), np.zeros((1, 4000, 3), dtype=np.uint8))
+    predict(folder, "--output", pictures, "--json", tmp_path / "found.json")
+    printed = capsys.readouterr()
+    assert "2 images done, 4 skipped" in printed.out
+    for name in ("2.png", "3.jpg", "4.png", "6.png: OpenCV cannot write"):
+        assert f"skipped {folder / name}" in printed.err
+    assert {path.name for path in pictures.iterdir() if path.is_file()} == {"1.png", "new.png"}
+    # The annotations do not have new.png.
+    assert {result["image_id"] for result in read(tmp_path / "found.json")} == {1, "new"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stop_keeps_what_is_done(predict, images, tmp_path, capsys, number):
+    folder, pictures, found = tmp_path / "images", tmp_path / "pictures", tmp_path / "found.json"
+    folder.mkdir()
+    for i in range(99):
+        (folder / f"{i:02d}.png").write_bytes((images / "1.png").read_bytes())
+
+    def stop_at_the_third():
+        while not (pictures / "02.png").exists():
+            time.sleep(0.001)
+        os.kill(os.getpid(), number)
+
+    def not_handled(*_):
+        raise AssertionError("the signal reached the test")
+
+    previous = signal.signal(signal.SIGTERM, not_handled)
+    # A process that a script starts in the background ignores SIGINT from the beginning.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=stop_at_the_third, daemon=True).start()
+        with pytest.raises(SystemExit, match="stopped before the end; what was done is kept"):
+            predict(folder, "--output", pictures, "--json", found)
+        assert signal.getsignal(signal.SIGTERM) is not_handled
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        signal.signal(signal.SIGINT, interrupt)
+    done = {result["image_id"] for result in read(found)}
+    assert done == set(range(len(done)))
+    assert 2 <= len(done) < 99
+    assert 0 <= len(list(pictures.iterdir())) - len(done) <= 1
+    assert f"{len(done)} images done, 0 skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "image_id"), [("000000000139.png", 139), ("cat.png", "cat")])
+def test_ids_without_annotations(predict, name, image_id, images, tmp_path):
+    image, found = tmp_path / name, tmp_path / "found.json"
+    image.write_bytes((images / "1.png").read_bytes())
+    predict(image, "--json", found, annotations=None)
+    assert {(a["image_id"], a["category_id"]) for a in read(found)} == {(image_id, 1)}
+
+
+def test_images_of_one_id(predict, images, tmp_path, capsys):
+    for name in ("a.png", "a.jpg"):
+        (tmp_path / name).write_bytes((images / "1.png").read_bytes())
+    predict(tmp_path, "--output", tmp_path / "out")
+    assert "2 images done" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="several images of the id 'a' for --json"):
+        predict(tmp_path, "--json", tmp_path / "found.json")
+
+
+class TestNamesWithTheWeights:
+    """The checkpoint tells what its class is; the process knows no data set of that name."""
+
+    METADATA = {
+        "thing_classes": ["bar"],
+        "category_ids": [999],
+        "keypoint_names": ["left_end", "right_end"],
+    }
+
+    @pytest.fixture
+    def named(self, weights, tmp_path):
+        path = tmp_path / "named.pth"
+        torch.save({**torch.load(weights), "metadata": self.METADATA}, path)
+        return path
+
+    def test_category_ids(self, predict, images, named, tmp_path):
+        unknown = ("DATASETS.TEST", "('custom_test',)")
+        for named_by in (None, images.parent / "bars.json"):  # there, the id is 3
+            found = tmp_path / "found.json"
+            options = ("--json", found, *unknown)
+            predict(images / "1.png", *options, weights=named, annotations=named_by)
+            assert {result["category_id"] for result in read(found)} == {999}
+
+    def test_other_annotations(self, predict, images, named, tmp_path):
+        content = read(images.parent / "bars.json")
+        content["categories"][0]["name"] = "rod"
+        other = tmp_path / "rods.json"
+        other.write_text(json.dumps(content))
+        options = (images, "--json", tmp_path / "found.json")
+        with pytest.raises(SystemExit, match="rods.json are not .*'rod' there, 'bar' in the model"):
+            predict(*options, weights=named, annotations=other)
+        predict(*options, annotations=other)  # nothing is known with the weights
+
+    def test_another_number(self, predict, images, named, tmp_path):
+        content = read(images.parent / "bars.json")
+        content["categories"].append({"id": 8, "name": "rod"})
+        other = tmp_path / "rods.json"
+        other.write_text(json.dumps(content))
+        with pytest.raises(SystemExit, match="rods.json has 2 classes, but the model has 1"):
+            predict(images, "--json", tmp_path / "found.json", weights=named, annotations=other)
+
+
+def test_video(predict, images, tmp_path):
+    frames = [cv2.imread(str(images / f"{i}.png")) for i in (1, 2, 3)]
+    for frame in frames:
+        frame[:, :, 0] = 250  # blue
+    writer = cv2.VideoWriter(
+        str(tmp_path / "clip.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 5.0, (96, 64)
+    )
+    for frame in frames:
+        writer.write(frame)
+    writer.release()
+    predict(
+        tmp_path / "clip.avi", "--output", tmp_path / "out.mp4", "--json", tmp_path / "found.json"
+    )
+    assert {a["image_id"] for a in read(tmp_path / "found.json")} == {0, 1, 2}
+
+    drawn = cv2.VideoCapture(str(tmp_path / "out.mp4"))
+    assert drawn.get(cv2.CAP_PROP_FPS) == 5.0
+    for frame in frames:
+        there, picture = drawn.read()
+        assert there
+        assert 0.01 < touched(picture, frame, tolerance=60) < 0.9  # the codec changes all a little
+    assert not drawn.read()[0]
+
+
+def test_mistakes(predict, images, weights, custom_data, tmp_path):
+    def refuse(message, source=images, *options, output=tmp_path / "out", **kwargs):
+        with pytest.raises(SystemExit, match=message):
+            predict(source, "--output", output, *options, **kwargs)
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    text = tmp_path / "text.mp4"
+    text.write_text("no video")
+    refuse("lost.png", images / "lost.png")
+    refuse("holds no image", empty)
+    refuse("text.mp4 is no image .* no video", text)
+    refuse("lost.pth not found", weights=tmp_path / "lost.pth")
+    refuse("text.mp4: this file does not hold tensors alone", weights=text)
+    refuse("lost.yaml' does not exist", config=tmp_path / "lost.yaml")
+    refuse("pictures there would replace", output=images)
+    refuse("out.mp4: pictures of images need a folder", output=tmp_path / "out.mp4")
+    refuse("folder .*text.mp4 cannot be made: File exists", images, "--json", text / "x.json")
+    refuse("cannot be written: Is a directory", images, "--json", empty)
+    refuse("lost.json does not exist", annotations=tmp_path / "lost.json")
+    state = torch.load(weights)["model"]
+    lost = {name: value for name, value in state.items() if "res4.1" not in name}
+    torch.save({"model": lost}, tmp_path / "shallow.pth")
+    refuse("lacks .*res4.1.*another depth", weights=tmp_path / "shallow.pth")
+    deep = {**state, "backbone.bottom_up.res4.2.conv1.weight": torch.zeros(1)}
+    torch.save({"model": deep}, tmp_path / "deep.pth")
+    refuse("no place for: .*res4.2.conv1", weights=tmp_path / "deep.pth")
+    stock = ("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone")
+    refuse("no place for: .*non_local0", images, *stock)

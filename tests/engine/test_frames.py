@@ -1,0 +1,189 @@
+"""Images as they reach the tools; more of them, and videos, in test_predict.py."""
+
+from __future__ import annotations
+
+import time
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.data import Metadata
+from detectron2.structures import Instances
+from PIL import Image
+
+from nl_detectron.engine.frames import Images, make_folder, open_frames, report_done
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two images, one of them upside down by its EXIF, and files that are none."""
+    pixels = np.zeros((37, 53, 3), dtype=np.uint8)
+    pixels[:20, :30] = 40, 100, 200
+    Image.fromarray(pixels).save(tmp_path / "b.png")
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(pixels).save(tmp_path / "c.JPG", quality=100, exif=exif)
+    (tmp_path / "a.png").write_bytes((tmp_path / "b.png").read_bytes()[:99])
+    (tmp_path / "d.jpg").write_text("no image")
+    (tmp_path / "notes.txt").write_text("no image")
+    return tmp_path
+
+
+@pytest.fixture
+def video(tmp_path):
+    path = tmp_path / "clip.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 5.0, (96, 64))
+    writer.write(np.zeros((64, 96, 3), dtype=np.uint8))
+    writer.release()
+    return path
+
+
+def test_folder(folder, capsys):
+    images = Images(folder)
+    seen = {frame.name: frame.image for frame in images}
+    assert list(seen) == ["b.png", "c.JPG"]
+    assert seen["b.png"].shape == (37, 53, 3)
+    assert seen["b.png"][0, 0].tolist() == [200, 100, 40]  # BGR
+    assert np.abs(seen["c.JPG"][::-1, ::-1].astype(int) - seen["b.png"]).mean() < 3
+    assert (len(images), images.skipped) == (4, 2)
+    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == [
+        f"skipped {folder / 'a.png'}",
+        f"skipped {folder / 'd.jpg'}",
+    ]
+
+
+def test_image_that_is_refused(folder, capsys):
+    for source in (folder, folder / "b.png"):
+        images = Images(source)
+        images.skip("b.png", ValueError("too dull"))
+        images.skip("b.png", KeyError("x"))
+        assert images.skipped == 2
+        assert capsys.readouterr().err == (
+            f"skipped {folder / 'b.png'}: too dull\nskipped {folder / 'b.png'}: KeyError: 'x'\n"
+        )
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(ValueError, match="holds no image"):
+        Images(tmp_path)
+    images = Images(tmp_path / "none.png")
+    assert list(images) == []
+    assert images.skipped == 1
+
+
+def test_subfolders_are_named(folder, capsys):
+    (folder / "more").mkdir()
+    (folder / "more" / "e.png").write_bytes((folder / "b.png").read_bytes())
+    assert len(Images(folder)) == 4
+    assert capsys.readouterr().out == (
+        f"{folder}: images are read, but not those of its 1 subfolder(s)\n"
+    )
+
+
+def test_ids(folder):
+    (folder / "0139.bmp").touch()
+    images = Images(folder, known_ids={folder / "c.JPG": 5})
+    images.check_ids()
+    assert [frame.image_id for frame in images] == ["b", 5]
+    with pytest.raises(ValueError, match=r"several images of the id 139 .*: 0139.bmp and a.png"):
+        Images(folder, known_ids={folder / "a.png": 139}).check_ids()
+
+
+def test_same_name_before_the_suffix(folder):
+    (folder / "b.jpg").write_bytes((folder / "b.png").read_bytes())
+    images = Images(folder)
+    assert [(frame.name, images.stem(frame)) for frame in images] == [
+        ("b.jpg", "b.jpg"),
+        ("b.png", "b.png"),
+        ("c.JPG", "c"),
+    ]
+    with pytest.raises(ValueError, match="several images of the id 'b' .*: b.jpg and b.png"):
+        images.check_ids()
+
+
+def test_time_is_linear_in_the_number_of_images(tmp_path):
+    for i in range(30_000):
+        (tmp_path / f"{i}.jpg").touch()
+    start = time.process_time()
+    Images(tmp_path).check_ids()
+    assert time.process_time() - start < 3  # comparing all pairs took 8
+
+
+class TestPixels:
+    @pytest.mark.parametrize("name", ["deep.png", "deep.tif"])
+    def test_16_bits_are_scaled(self, tmp_path, name):
+        values = np.array([[0, 100 * 257, 128 * 257, 65535]], dtype=np.uint16)
+        assert cv2.imwrite(str(tmp_path / name), values)
+        (frame,) = Images(tmp_path / name)
+        assert frame.image.dtype == np.uint8
+        assert frame.image.tolist() == [[[value] * 3 for value in (0, 100, 128, 255)]]
+
+    def test_no_known_range(self, tmp_path, capsys):
+        Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(tmp_path / "depth.tif")
+        assert list(Images(tmp_path)) == []
+        assert "numbers without a known range (mode F)" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+    def test_other_modes(self, tmp_path, mode):
+        suffix = "tif" if mode == "CMYK" else "png"
+        Image.new("RGB", (3, 2), "white").convert(mode).save(tmp_path / f"x.{suffix}")
+        (frame,) = Images(tmp_path)
+        assert frame.image.tolist() == [[[255] * 3] * 3] * 2
+
+
+class TestOutput:
+    @pytest.mark.parametrize("name", ["out.mp4", "out.jpg"])
+    def test_images_need_a_folder(self, folder, name):
+        for source in (folder, folder / "b.png"):
+            with pytest.raises(ValueError, match=f"{name}: pictures of images need a folder"):
+                open_frames(str(source), Metadata(), folder / name)
+        assert not (folder / name).exists()
+        (folder / name).mkdir()
+        open_frames(str(folder), Metadata(), folder / name)
+
+    def test_what_is_read_is_not_replaced(self, folder, video):
+        with pytest.raises(ValueError, match="pictures there would replace what is read"):
+            Images(folder / "b.png", output=folder / "x" / "..")
+        video = video.rename(video.with_suffix(".mp4"))
+        with pytest.raises(ValueError, match="the video there would replace what is read"):
+            open_frames(str(video), Metadata(), video)
+        with pytest.raises(ValueError, match="the video there would replace what is read"):
+            open_frames(str(video), Metadata(), video.parent)
+
+    @pytest.mark.parametrize(
+        ("output", "file"),
+        [("new.mp4", "new.mp4"), ("x/new.MP4", "x/new.MP4"), ("y", "y/clip.mp4")],
+    )
+    def test_video(self, video, output, file, capsys):
+        frames = open_frames(str(video), Metadata(), video.parent / output)
+        for frame in frames:
+            frames.draw(frame, Instances((64, 96), scores=torch.zeros(0)))
+        frames.close()
+        drawn = cv2.VideoCapture(str(video.parent / file))
+        assert drawn.read()[1].shape == (64, 96, 3)
+        assert drawn.get(cv2.CAP_PROP_FPS) == 5
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "browsers" in line]
+        assert line.startswith(f"{video.parent / file} is MPEG-4 part 2")
+
+    def test_other_videos(self, video):
+        with pytest.raises(ValueError, match="out.mov: videos are written as .mp4 alone"):
+            open_frames(str(video), Metadata(), video.parent / "out.mov")
+
+    def test_picture_that_cannot_be_written(self, folder):
+        images = Images(folder / "b.png", output=folder / "out")
+        (frame,) = images
+        (folder / "out").rmdir()
+        with pytest.raises(OSError, match=r"cannot write .*out.b\.png"):
+            images.draw(frame, Instances((37, 53)))
+
+    def test_folder_that_cannot_be_made(self, folder):
+        with pytest.raises(OSError, match=r"folder .*notes.txt cannot be made: File exists"):
+            make_folder(folder / "notes.txt")
+
+
+def test_report(capsys):
+    report_done("photos", 2, 3)
+    with pytest.raises(SystemExit, match="nothing could be done with photos"):
+        report_done("photos", 0, 3)
+    assert capsys.readouterr().out == "2 images done, 3 skipped\n0 images done, 3 skipped\n"
