@@ -64,9 +64,9 @@ def main(argv: list[str] | None = None) -> None:
     """Convert the file, and print the account."""
     args = parse_args(argv)
 
-    from nl_detectron.config_blocks import ConfigBlocks
     from nl_detectron.engine.console import mistakes_in_one_sentence
     from nl_detectron.weights import DIALECTS, convert, load, report, save
+    from nl_detectron.weights.config_blocks import ConfigBlocks
 
     with mistakes_in_one_sentence():
         config = ConfigBlocks(args.config_file) if args.config_file else None
@@ -74,9 +74,9 @@ def main(argv: list[str] | None = None) -> None:
         def options(name: str) -> dict[str, Any]:
             return {**(config.options(name) if config else {}), **dict(args.block)}
 
-        state, beside = load(args.input)
+        state, other_entries = load(args.input)
         result = convert(state, args.source, args.target, options, args.dim)
-        result.dropped |= dict.fromkeys(beside, "beside the weights in the file")
+        result.dropped |= dict.fromkeys(other_entries, "not part of the state dict")
         if config and args.target == "nl_detectron":
             config.add_missing_blocks(result)
         save(result.state, args.output, DIALECTS[args.target])

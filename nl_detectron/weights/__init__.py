@@ -1,4 +1,4 @@
-"""Weights of other libraries into ours and back; see :func:`convert`."""
+"""Conversion of checkpoints between libraries; see :func:`convert`."""
 
 from nl_detectron.weights.blocks import OPTIONS, Block
 from nl_detectron.weights.convert import Conversion, convert

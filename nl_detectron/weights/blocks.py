@@ -1,4 +1,4 @@
-"""The weights of one non-local block, and the changes to them that keep its function.
+"""The weights of one non-local block, and changes to them that keep what it computes.
 
 Shapes: C in, D inner channels.
 """
@@ -13,25 +13,24 @@ import torch
 from torch import Tensor
 
 from nl_detectron.weights.dialects import SAME_PARAMETERS, Dialect
-from nl_detectron.weights.names import tell_pooling
 
-EPS = 1e-5  # of the batch norm of every dialect
-# Arguments of NonLocalBlock; one that another depends on comes first.
+EPS = 1e-5  # of batch norm, in every dialect
+# Arguments of NonLocalBlock; an argument comes after those that it depends on.
 OPTIONS = "dim pairwise reduction scale subsample subsample_position norm axes".split()
 
 
 @dataclass
 class Block:
-    """A block in our terms.
+    """The weights and options of a non-local block, in our names.
 
     Attributes:
         tensors: by the parameter names of :class:`~nl_detectron.NonLocalBlock`.
-        sources: parameter -> its name in the source.
-        options: its arguments, as far as they are known.
-        assumed: those that the target takes for granted and nobody has told.
+        sources: parameter -> its key in the source.
+        options: arguments of :class:`~nl_detectron.NonLocalBlock`, as far as they are known.
+        assumed: options that were unknown and got the only value that the target supports.
         added: parameter without counterpart in the source -> what it is.
-        dropped: parameter of the source that has no place any more -> why.
-        changes: what was done to keep the function.
+        dropped: parameter of the source that the block no longer has -> reason.
+        changes: what was done to the weights to keep what the block computes.
     """
 
     tensors: dict[str, Tensor]
@@ -43,59 +42,63 @@ class Block:
     changes: list[str] = field(default_factory=list)
 
     @property
-    def widths(self) -> tuple[int, int]:
+    def channels(self) -> tuple[int, int]:
         """C and D."""
-        inner, width, *_ = self.tensors["g.weight"].shape
-        return width, inner
+        inner, channels, *_ = self.tensors["g.weight"].shape
+        return channels, inner
 
-    def understand(self, dialect: Dialect, pooled: bool | None) -> None:
-        """Find out the options of a block just read, and complete it to a block of ours.
+    def infer_options(self, dialect: Dialect, subsampled: bool | None) -> None:
+        """Infer the options from the weights of a block of this dialect.
 
         Args:
-            dialect: where it is from.
-            pooled: whether its names say that it is subsampled; ``None`` if they do not tell.
+            dialect: where the weights come from.
+            subsampled: whether the parameter names show subsampling; ``None`` if they cannot.
 
         Raises:
-            ValueError: weights that no block of this dialect has.
+            ValueError: no block of this dialect has such weights.
         """
         shape = tuple(self.tensors["g.weight"].shape)
-        width, inner = self.widths
-        if len(shape) not in (3, 4, 5) or max(width // max(width // inner, 1), 1) != inner:
+        channels, inner = self.channels
+        if len(shape) not in (3, 4, 5) or max(channels // max(channels // inner, 1), 1) != inner:
             raise ValueError(
-                f"g of shape {shape}: no block of ours maps {width} to {inner} channels"
+                f"g of shape {shape}: NonLocalBlock cannot map {channels} to {inner} channels"
             )
-        told: dict[str, Any] = {
+        inferred: dict[str, Any] = {
             "dim": len(shape) - 2,
-            "pairwise": self._pairwise(dialect),
-            "reduction": width // inner,
-            "subsample": None if pooled is None else 1 + pooled,
-            "norm": self._norm(dialect),
+            "pairwise": self._infer_pairwise(dialect),
+            "reduction": channels // inner,
+            "subsample": None if subsampled is None else 1 + subsampled,
+            "norm": self._infer_norm(dialect),
             "axes": None if len(shape) == 5 else "spacetime",
         }
-        self.options = {k: v for k, v in dialect.fixed.items() if k != "dim"}
-        self.options |= {k: v for k, v in told.items() if v is not None}
+        known = {option: value for option, value in inferred.items() if value is not None}
+        self.options = {**dialect.fixed, **known}
+
+    def convert_from(self, dialect: Dialect) -> None:
+        """Turn a block of the dialect, with its options inferred, into one of ours."""
         for name in ("theta", "phi", "g", "conv_out"):
             weight = self.tensors.get(f"{name}.weight")
             if weight is not None and f"{name}.bias" not in self.tensors:
                 self.tensors[f"{name}.bias"] = weight.new_zeros(weight.shape[0])
-                self.added[f"{name}.bias"] = "zero; the source has no such bias"
-        self._reshape("concat_project.weight", told["dim"])
-        if dialect.scales_by_width:
-            self._scale_theta((inner / width) ** 0.5, "D ** -0.5 for C ** -0.5")
-        if told["norm"] == "GN" and dialect.affine_norm:
+                self.added[f"{name}.bias"] = "zero, since the source has no such bias"
+        self._reshape("concat_project.weight", self.options["dim"])
+        channels, inner = self.channels
+        if dialect.scales_by_in_channels:
+            self._multiply_theta((inner / channels) ** 0.5, "the scale is D ** -0.5, not C ** -0.5")
+        if self.options["norm"] == "GN" and dialect.affine_norm:
             self.fold_norm()
 
-    def adapt(self, wishes: Mapping[str, Any]) -> None:
-        """Change the weights to those of a block with other options and the same function.
+    def apply_options(self, options: Mapping[str, Any]) -> None:
+        """Set options that are unknown, and change others as long as the output stays the same.
 
         Raises:
-            ValueError: there is no such block.
+            ValueError: no block with these options computes the same.
         """
-        for option in wishes:
+        for option in options:
             if option not in OPTIONS:
                 raise ValueError(f"option must be one of {tuple(OPTIONS)}, got {option!r}")
-        for option in sorted(wishes, key=OPTIONS.index):
-            value, current = wishes[option], self.options.get(option)
+        for option in sorted(options, key=OPTIONS.index):
+            value, current = options[option], self.options.get(option)
             if value == current:
                 continue
             if option == "dim":
@@ -106,57 +109,57 @@ class Block:
             elif option == "norm" and (current, value) == ("BN", ""):
                 self.fold_norm()
             elif option == "norm" and current == "" and value in ("BN", "SyncBN"):
-                self._add_norm()
+                self._add_identity_norm()
             elif option == "scale" and current is not None:
-                self._move_scale(value)
+                self._change_scale(value)
             elif option == "pairwise" and current is None and value not in SAME_PARAMETERS:
                 raise ValueError(
-                    f"by its weights, pairwise is one of {SAME_PARAMETERS}, got {value!r}"
+                    f"with these weights, pairwise must be one of {SAME_PARAMETERS}, got {value!r}"
                 )
-            elif current is not None and self.matters(option):
+            elif current is not None and self.depends_on(option):
                 raise ValueError(
-                    f"{option} is {current!r}; with {value!r} it would be another function"
+                    f"{option} is {current!r}; {value!r} would change what the block computes"
                 )
             self.options[option] = value
 
-    def prepare(self, dialect: Dialect) -> None:
-        """Make it what a block of the dialect is; the names stay ours.
+    def convert_to(self, dialect: Dialect) -> None:
+        """Change the weights to those of a block of the dialect, still under our names.
 
         Raises:
             ValueError: the dialect has no such block.
         """
         unknown = [option for option in dialect.fixed if option not in self.options]
-        self.adapt(dialect.fixed)
-        self.assumed = {option: self.options[option] for option in unknown if self.matters(option)}
+        self.apply_options(dialect.fixed)
+        self.assumed = {name: self.options[name] for name in unknown if self.depends_on(name)}
         if self.options["norm"] not in dialect.norms:
-            self.adapt({"norm": dialect.norms[-1]})
+            self.apply_options({"norm": dialect.norms[-1]})
         pairwise = self.options.get("pairwise")
         if pairwise and pairwise not in dialect.pairwise:
             raise ValueError(f"pairwise must be one of {dialect.pairwise}, got {pairwise!r}")
         subsample = self.options.get("subsample")
-        if tell_pooling(dialect) and subsample not in (1, 2):
+        if dialect.names_show_subsampling and subsample not in (1, 2):
             raise ValueError(
-                f"subsample must be 1 or 2, got {subsample}: parameters are named by it there, and "
-                "weights do not tell; add --block subsample=2 in tools/convert_weights.py"
+                f"subsample must be 1 or 2, got {subsample}: the target's parameter names depend "
+                "on it, and weights do not show it; give it in options, as --block subsample=2"
             )
-        width, inner = self.widths
-        if dialect.scales_by_width:
-            self._scale_theta((width / inner) ** 0.5, "C ** -0.5 for D ** -0.5")
+        channels, inner = self.channels
+        if dialect.scales_by_in_channels:
+            self._multiply_theta((channels / inner) ** 0.5, "the scale is C ** -0.5, not D ** -0.5")
         if dialect.concat_dim:
             self._reshape("concat_project.weight", dialect.concat_dim)
-        if self.options["norm"] and not dialect.bias_beside_norm:
-            self._move_bias_into_norm()
+        if self.options["norm"] and not dialect.bias_before_norm:
+            self._fold_bias_into_norm()
 
     def fold_norm(self) -> None:
-        """Turn batch norm with its running statistics into a part of the output convolution."""
+        """Fold batch norm, with its running statistics, into the output convolution."""
         norm = {n: self.tensors.pop(n) for n in tuple(self.tensors) if n.startswith("norm.")}
         weight, bias = self.tensors["conv_out.weight"], self.tensors["conv_out.bias"]
         scale, shift = norm["norm.weight"].double(), norm["norm.bias"].double()
         if "norm.running_var" in norm:
             scale = scale * (norm["norm.running_var"].double() + EPS).rsqrt()
         mean = norm.get("norm.running_mean", torch.zeros_like(shift)).double()
-        by_row = scale.view(-1, *[1] * (weight.dim() - 1))
-        self.tensors["conv_out.weight"] = (weight * by_row).to(weight.dtype)
+        per_row = scale.view(-1, *[1] * (weight.dim() - 1))
+        self.tensors["conv_out.weight"] = (weight * per_row).to(weight.dtype)
         self.tensors["conv_out.bias"] = ((bias - mean) * scale + shift).to(bias.dtype)
         self.dropped |= dict.fromkeys(norm, "folded into conv_out")
         if "conv_out.bias" in self.added:
@@ -164,21 +167,21 @@ class Block:
         self.changes.append("the norm is folded into conv_out")
         self.options["norm"] = ""
 
-    def matters(self, option: str) -> bool:
-        """Whether the function depends on an option, given the others."""
+    def depends_on(self, option: str) -> bool:
+        """Whether the output depends on an option, given the others."""
         if option == "scale":
             return self.options.get("pairwise") in ("embedded_gaussian", None)
         if option == "subsample_position":
             return self.options.get("subsample") != 1
         return option != "axes" or self.options["dim"] == 3
 
-    def _pairwise(self, dialect: Dialect) -> str | None:
-        has = [f"{name}.weight" in self.tensors for name in ("theta", "phi")]
-        if has[0] != has[1]:
+    def _infer_pairwise(self, dialect: Dialect) -> str | None:
+        has_theta, has_phi = (f"{name}.weight" in self.tensors for name in ("theta", "phi"))
+        if has_theta != has_phi:
             raise ValueError("one of theta and phi is missing")
         if "concat_project.weight" in self.tensors:
             pairwise = "concatenation"
-        elif not has[0]:
+        elif not has_theta:
             pairwise = "gaussian"
         else:
             return dialect.pairwise[0] if len(dialect.pairwise) == 1 else None
@@ -188,7 +191,7 @@ class Block:
             )
         return pairwise
 
-    def _norm(self, dialect: Dialect) -> str:
+    def _infer_norm(self, dialect: Dialect) -> str:
         names = {name.removeprefix("norm.") for name in self.tensors if name.startswith("norm.")}
         if not names:
             return ""
@@ -200,41 +203,41 @@ class Block:
             raise ValueError("the norm has no running statistics, so it is not batch norm")
         return "GN"
 
-    def _add_norm(self) -> None:
+    def _add_identity_norm(self) -> None:
         ones = torch.ones_like(self.tensors["conv_out.bias"])
+        zeros = torch.zeros_like(ones)
         # running_var + EPS is 1, as in detectron2's FrozenBN
-        values = {"weight": ones, "bias": 0 * ones, "running_mean": 0 * ones}
-        for name, value in {**values, "running_var": ones - EPS}.items():
-            self.tensors[f"norm.{name}"] = value
-            self.added[f"norm.{name}"] = "a norm that is the identity, until it is trained"
+        values = {"weight": ones, "bias": zeros, "running_mean": zeros, "running_var": ones - EPS}
+        for name, value in values.items():
+            self.tensors[f"norm.{name}"] = value.clone()
+            self.added[f"norm.{name}"] = "a norm that is the identity until it is trained"
 
-    def _move_scale(self, scale: bool) -> None:
-        if not self.matters("scale"):
+    def _change_scale(self, scale: bool) -> None:
+        if not self.depends_on("scale"):
             return
         if "pairwise" not in self.options:
             raise ValueError(
-                "scale can be moved into theta for pairwise 'embedded_gaussian', must not be for "
-                "'dot_product', and weights do not tell: give pairwise, or add --block "
-                "pairwise=dot_product in tools/convert_weights.py"
+                "scale can be folded into theta for pairwise 'embedded_gaussian' but has no effect "
+                "for 'dot_product', and weights do not show which one this is; give pairwise in "
+                "options, as --block pairwise=dot_product"
             )
-        inner = self.widths[1]
-        factor = inner**0.5 if scale else inner**-0.5
-        self._scale_theta(factor, f"scale {scale} for {not scale}")
+        factor = self.channels[1] ** (0.5 if scale else -0.5)
+        self._multiply_theta(factor, f"scale is {scale}, not {not scale}")
 
-    def _scale_theta(self, factor: float, why: str) -> None:
+    def _multiply_theta(self, factor: float, reason: str) -> None:
         for name in ("theta.weight", "theta.bias"):
             value = self.tensors[name]
             self.tensors[name] = (value.double() * factor).to(value.dtype)
-        self.changes.append(f"theta is multiplied by {factor:.6g}: {why}")
+        self.changes.append(f"theta is multiplied by {factor:.6g}: {reason}")
 
-    def _move_bias_into_norm(self) -> None:
+    def _fold_bias_into_norm(self) -> None:
         bias = self.tensors.pop("conv_out.bias")
-        self.dropped["conv_out.bias"] = "zero, and there is no such bias beside a norm"
+        self.dropped["conv_out.bias"] = "zero, and the target has no bias before a norm"
         if bias.any():
             mean = self.tensors["norm.running_mean"]
             self.tensors["norm.running_mean"] = (mean.double() - bias).to(mean.dtype)
             self.dropped["conv_out.bias"] = "subtracted from the norm's running mean"
-            self.changes.append("the bias of conv_out is moved into the norm")
+            self.changes.append("the bias of conv_out is folded into the norm")
 
     def _reshape(self, name: str, dim: int) -> None:
         value = self.tensors.get(name)

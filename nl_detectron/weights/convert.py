@@ -1,7 +1,7 @@
-"""Conversion of checkpoints from one dialect to another, with an account of every key.
+"""Conversion of checkpoints from one dialect to another, in which every key is accounted for.
 
-All goes through our names: a block is read from one dialect, changed into what the other can
-compute without changing its function, and written. What cannot be the same function is refused.
+Everything passes through our names: a block is read from one dialect, changed into one that the
+other dialect supports and that computes the same, and written. If there is none, an error says why.
 """
 
 from __future__ import annotations
@@ -18,25 +18,33 @@ from torch import Tensor
 from nl_detectron.weights.blocks import EPS, Block
 from nl_detectron.weights.dialects import DIALECTS, Dialect
 from nl_detectron.weights.files import to_tensor
-from nl_detectron.weights.names import block_names, find_blocks, inverse, listed, rename
+from nl_detectron.weights.names import (
+    block_keys,
+    find_block_keys,
+    inverse,
+    rename,
+    summarize_keys,
+)
 
-# What stands before the names of a ResNet in a detector, and the parts of a detector beside it
-_BACKBONE = re.compile(r"^backbone\.(bottom_up\.)?(?=stem\.|res\d\.|linear\.)")
-_BESIDE = re.compile(
+# In a detector: the prefix of its ResNet, and its parts outside of the ResNet
+_RESNET_PREFIX = re.compile(r"^backbone\.(bottom_up\.)?(?=stem\.|res\d\.|linear\.)")
+_NOT_RESNET = re.compile(
     r"backbone\.(fpn_|top_block)|proposal_generator|roi_heads|sem_seg_head|head\.|pixel_"
 )
+_NOT_A_BLOCK = "not part of a non-local block; only blocks are converted for this dialect"
+_NO_COUNTER = "the target has no such counter"
 
 
 @dataclass
 class Conversion:
-    """Converted weights, and an account of every key.
+    """Converted weights, and what became of every key.
 
     Attributes:
-        state: the tensors, by their new names.
-        mapped: name in the source -> name in the result.
-        dropped: name in the source -> why it is left out.
-        added: name in the result, without counterpart in the source -> what it is.
-        blocks: the blocks, by their names in ours.
+        state: the converted tensors by name.
+        mapped: key of the source -> key of the result.
+        dropped: key of the source that is left out -> reason.
+        added: key of the result without counterpart in the source -> what it is.
+        blocks: the non-local blocks, by their names in ours.
     """
 
     state: dict[str, Tensor] = field(default_factory=dict)
@@ -45,23 +53,23 @@ class Conversion:
     added: dict[str, str] = field(default_factory=dict)
     blocks: dict[str, Block] = field(default_factory=dict)
 
-    def put(self, key: str, tensor: Tensor, source: str | None, added: str = "") -> None:
-        """Add a tensor: from ``source``, or ``added`` says what it is."""
+    def add_tensor(self, key: str, tensor: Tensor, source: str | None, note: str = "") -> None:
+        """Add a tensor that comes from a key of the source, or that ``note`` describes."""
         if key in self.state:
-            raise ValueError(f"two keys would become {key!r}, one of them {source!r}")
+            raise ValueError(f"two keys would both become {key!r}, one of them {source!r}")
         self.state[key] = tensor
         if source is None:
-            self.added[key] = added
+            self.added[key] = note
         else:
             self.mapped[source] = key
 
 
 class _Entry(NamedTuple):
     tensor: Tensor
-    source: str | None  # its name in the source
+    source: str | None  # its key in the source
 
 
-_Trunk = dict[str, _Entry]  # what is not of a block, by our names
+_Entries = dict[str, _Entry]
 
 
 def convert(
@@ -77,47 +85,48 @@ def convert(
         state: name -> tensor, or array of numbers.
         source: one of :data:`nl_detectron.weights.DIALECTS`.
         target: another one.
-        options: gives, for the name of a block in ours, arguments of its
-            :class:`~nl_detectron.NonLocalBlock`, as many as are known. They tell what weights do
-            not, and ask for changes: ``norm=""`` folds batch norm into the output convolution,
-            ``scale`` is moved into or out of theta.
-        dim: axes of the convolutions in the result, 2 for images and 3 for video, where the target
-            leaves a choice; default: as they are.
+        options: returns, for the name of a block in ours, those arguments of its
+            :class:`~nl_detectron.NonLocalBlock` that are known. They supply what weights do not
+            show, and ask for changes: ``norm=""`` folds batch norm into the output convolution,
+            and a different ``scale`` is folded into theta.
+        dim: number of axes of the convolutions in the result, 2 for images and 3 for video, where
+            the target supports both; default: unchanged.
 
     Raises:
-        ValueError: an unknown dialect, keys that the dialect does not have, or a block that the
-            target or ``options`` cannot have. Keys and block are named.
+        ValueError: an unknown dialect, keys that the dialect does not have, or a block that does
+            not exist in the target or contradicts ``options``. The message names keys and block.
     """
     for name in (source, target):
         if name not in DIALECTS:
             raise ValueError(f"dialect must be one of {tuple(DIALECTS)}, got {name!r}")
-    theirs, wanted = DIALECTS[source], DIALECTS[target]
-    dim = wanted.fixed.get("dim", dim)
+    source_dialect, target_dialect = DIALECTS[source], DIALECTS[target]
+    dim = target_dialect.fixed.get("dim", dim)
     result = Conversion()
-    entries = _tensors(state, theirs, result)
-    _read_blocks(entries, theirs, result)
-    trunk = _read_trunk(entries, theirs, result)
+    entries = _read_tensors(state, source_dialect, result)
+    _read_blocks(entries, source_dialect, result)
+    network = _read_network(entries, source_dialect, result)
     for name, block in result.blocks.items():
-        if wanted.block:
-            with _naming(name):
-                block.adapt({**options(name), **({} if dim is None else {"dim": dim})})
-                block.prepare(wanted)
-        _write_block(name, block, wanted, result)
-    _write_trunk(trunk if dim is None else _reshaped(trunk, dim), wanted, result)
+        if target_dialect.block:
+            with _name_block_in_errors(name):
+                block.apply_options({**options(name), **({} if dim is None else {"dim": dim})})
+                block.convert_to(target_dialect)
+        _write_block(name, block, target_dialect, result)
+    _write_network(network if dim is None else _reshape(network, dim), target_dialect, result)
     if not result.state:
         raise ValueError(
-            f"{source!r} to {target!r}: is the dialect right? Nothing is left of {listed(state)}"
+            f"nothing to convert from {source!r} to {target!r} in {summarize_keys(state)}; "
+            "are the dialects right?"
         )
     return result
 
 
-def _tensors(state: Mapping[str, Any], dialect: Dialect, result: Conversion) -> dict[str, _Entry]:
+def _read_tensors(state: Mapping[str, Any], dialect: Dialect, result: Conversion) -> _Entries:
     in_parallel = all(key.startswith("module.") for key in state)  # DataParallel's prefix
     entries = {}
     for source, value in state.items():
         key = source.removeprefix("module.") if in_parallel else source
         tensor = to_tensor(value)
-        reasons = [why for what, why in dialect.dropped.items() if re.fullmatch(what, key)]
+        reasons = [why for pattern, why in dialect.ignored.items() if re.fullmatch(pattern, key)]
         if tensor is None or reasons:
             result.dropped[source] = reasons[0] if reasons else "not a tensor"
         else:
@@ -125,122 +134,122 @@ def _tensors(state: Mapping[str, Any], dialect: Dialect, result: Conversion) -> 
     return entries
 
 
-def _read_blocks(entries: dict[str, _Entry], dialect: Dialect, result: Conversion) -> None:
-    """Take the blocks out of the entries."""
-    to_ours = inverse(dialect.places)
-    for prefix, (names, pooled) in find_blocks(entries, dialect).items():
-        place = prefix.removesuffix(dialect.joint)
+def _read_blocks(entries: _Entries, dialect: Dialect, result: Conversion) -> None:
+    """Move the blocks from the entries to the result."""
+    to_ours = inverse(dialect.block_names)
+    for prefix, (key_map, subsampled) in find_block_keys(entries, dialect).items():
+        name = prefix.removesuffix(dialect.separator)
         found = {
             ours: entries.pop(prefix + theirs)
-            for ours, theirs in names.items()
+            for ours, theirs in key_map.items()
             if prefix + theirs in entries
         }
         block = Block({ours: entry.tensor for ours, entry in found.items()})
         block.sources = {ours: str(entry.source) for ours, entry in found.items()}
-        with _naming(place):
-            unknown = [key for key in entries if key.startswith(prefix)]
-            if unknown:
-                raise ValueError(f"no such block has {listed(unknown)}")
-            block.understand(dialect, pooled)
-        result.blocks[rename(place, to_ours) or place] = block
+        with _name_block_in_errors(name):
+            unexpected = [key for key in entries if key.startswith(prefix)]
+            if unexpected:
+                raise ValueError(f"unexpected parameters, {summarize_keys(unexpected)}")
+            block.infer_options(dialect, subsampled)
+            block.convert_from(dialect)
+        result.blocks[rename(name, to_ours) or name] = block
 
 
-def _read_trunk(entries: dict[str, _Entry], dialect: Dialect, result: Conversion) -> _Trunk:
-    if dialect.trunk is None:
+def _read_network(entries: _Entries, dialect: Dialect, result: Conversion) -> _Entries:
+    """Return the entries outside of blocks by our names."""
+    if dialect.backbone is None:
         return entries
-    to_ours = inverse(dialect.trunk)
-    trunk, unknown = {}, []
+    to_ours = inverse(dialect.backbone)
+    network, unknown = {}, []
     for key, entry in entries.items():
         ours = rename(key, to_ours)
         if ours is not None:
-            trunk[ours] = entry
-        elif dialect.rest:
-            result.dropped[str(entry.source)] = dialect.rest
+            network[ours] = entry
+        elif dialect.blocks_only:
+            result.dropped[str(entry.source)] = _NOT_A_BLOCK
         else:
             unknown.append(key)
-    misplaced = [name for name in result.blocks if trunk and not rename(name, dialect.places)]
-    if unknown or misplaced:
-        keys = listed(unknown + misplaced)
-        raise ValueError(f"not of this dialect, or lacking in ResNets of detectron2: {keys}")
+    if network:  # detectron2's ResNets have blocks after residual blocks only
+        unknown += [name for name in result.blocks if not rename(name, dialect.block_names)]
+    if unknown:
+        raise ValueError(
+            f"not in this dialect, or not in detectron2's ResNets: {summarize_keys(unknown)}"
+        )
     if dialect.affine_norm:
-        _complete_norms(trunk)
-    return trunk
+        _add_running_statistics(network)
+    return network
 
 
-def _complete_norms(trunk: _Trunk) -> None:
-    """Give norms that are scale and bias alone the statistics with which they are just that."""
-    for key in [key for key in trunk if key.endswith("norm.weight")]:
+def _add_running_statistics(network: _Entries) -> None:
+    """Give norms of scale and bias alone the running statistics that change nothing."""
+    for key in [key for key in network if key.endswith("norm.weight")]:
         mean, var = (key.replace("weight", f"running_{name}") for name in ("mean", "var"))
-        if mean not in trunk:
-            ones = torch.ones_like(trunk[key].tensor)
-            trunk |= {mean: _Entry(0 * ones, None), var: _Entry(ones - EPS, None)}
+        if mean not in network:
+            ones = torch.ones_like(network[key].tensor)
+            network |= {mean: _Entry(0 * ones, None), var: _Entry(ones - EPS, None)}
 
 
-def _reshaped(trunk: _Trunk, dim: int) -> _Trunk:
-    """Make 3-D convolutions of one frame 2-D, or the other way round."""
-
-    def reshape(kernel: Tensor) -> Tensor | None:
-        if dim == 2 and kernel.dim() == 5 and kernel.shape[2] == 1:
-            return kernel.squeeze(2)
-        if dim == 3 and kernel.dim() == 4:
-            return kernel.unsqueeze(2)
-        return kernel if kernel.dim() in (0, 1, 2, dim + 2) else None
-
-    reshaped = {name: reshape(entry.tensor) for name, entry in trunk.items()}
-    bad = [
-        f"{n} {tuple(trunk[n].tensor.shape)}" for n, kernel in reshaped.items() if kernel is None
-    ]
-    if bad:
-        raise ValueError(f"convolutions that cannot be {dim}-D: {listed(bad)}")
-    return {
-        n: _Entry(tensor, trunk[n].source) for n, tensor in reshaped.items() if tensor is not None
-    }
+def _reshape(network: _Entries, dim: int) -> _Entries:
+    """Make 3-D convolutions over a single frame 2-D, or 2-D convolutions 3-D."""
+    reshaped, failed = {}, []
+    for name, (tensor, source) in network.items():
+        if dim == 2 and tensor.dim() == 5 and tensor.shape[2] == 1:
+            tensor = tensor.squeeze(2)
+        elif dim == 3 and tensor.dim() == 4:
+            tensor = tensor.unsqueeze(2)
+        if tensor.dim() not in (0, 1, 2, dim + 2):
+            failed.append(f"{name} {tuple(tensor.shape)}")
+        reshaped[name] = _Entry(tensor, source)
+    if failed:
+        raise ValueError(f"convolutions that cannot be {dim}-D: {summarize_keys(failed)}")
+    return reshaped
 
 
 def _write_block(name: str, block: Block, dialect: Dialect, result: Conversion) -> None:
-    place = name
-    if dialect.trunk is not None:
-        place = _BACKBONE.sub("", name)
-        place = rename(place, dialect.places) or place
-    names = block_names(
+    if dialect.backbone is not None:
+        name = _RESNET_PREFIX.sub("", name)
+        name = rename(name, dialect.block_names) or name
+    prefix = name + dialect.separator if name else ""
+    key_map = block_keys(
         dialect,
-        pooled=block.options.get("subsample") == 2,
-        normed=bool(block.options["norm"]),
+        subsampled=block.options.get("subsample") == 2,
+        has_norm=bool(block.options["norm"]),
     )
-    why = "the target has no such counter" if names else "of a block, which the target lacks"
     for ours, tensor in block.tensors.items():
-        if ours in names:
-            key = place + dialect.joint + names[ours] if place else names[ours]
-            result.put(key, tensor, block.sources.get(ours), block.added.get(ours, ""))
+        if ours in key_map:
+            key, source = prefix + key_map[ours], block.sources.get(ours)
+            result.add_tensor(key, tensor, source, block.added.get(ours, ""))
         else:
-            block.dropped[ours] = why
-    result.dropped |= {block.sources[o]: w for o, w in block.dropped.items() if o in block.sources}
+            block.dropped[ours] = _NO_COUNTER if key_map else "the target has no non-local blocks"
+    for ours, reason in block.dropped.items():
+        if ours in block.sources:
+            result.dropped[block.sources[ours]] = reason
 
 
-def _write_trunk(trunk: _Trunk, dialect: Dialect, result: Conversion) -> None:
+def _write_network(network: _Entries, dialect: Dialect, result: Conversion) -> None:
     unknown = []
-    for name, (tensor, source) in trunk.items():
+    for name, (tensor, source) in network.items():
         key: str | None = name
-        if dialect.trunk is not None:
-            key = rename(_BACKBONE.sub("", name), dialect.trunk)
+        if dialect.backbone is not None:
+            key = rename(_RESNET_PREFIX.sub("", name), dialect.backbone)
         if key is not None:
-            result.put(key, tensor, source, "makes a norm of a mere scale and bias")
+            result.add_tensor(key, tensor, source, "the source has only scale and bias")
         elif source is None:
             continue
-        elif dialect.rest:
-            result.dropped[source] = dialect.rest
-        elif _BESIDE.match(name):
-            result.dropped[source] = "a part of the detector beside its ResNet"
+        elif dialect.blocks_only:
+            result.dropped[source] = _NOT_A_BLOCK
+        elif _NOT_RESNET.match(name):
+            result.dropped[source] = "part of the detector outside of its ResNet"
         elif name.endswith("num_batches_tracked"):
-            result.dropped[source] = "the target has no such counter"
+            result.dropped[source] = _NO_COUNTER
         else:
             unknown.append(name)
     if unknown:
-        raise ValueError(f"the target has nothing for {listed(unknown)}")
+        raise ValueError(f"the target has no counterpart for {summarize_keys(unknown)}")
 
 
 @contextmanager
-def _naming(block: str) -> Iterator[None]:
+def _name_block_in_errors(block: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:

@@ -1,8 +1,9 @@
 """Checkpoint dialects: how libraries name a ResNet and its non-local blocks, and how these differ.
 
-Only tables; :mod:`nl_detectron.weights.convert` applies them. Names map from ours (detectron2's) to
-theirs, and are read in both directions; ``{i}`` stands for the index of a residual block. What
-their block computes is said in the arguments of our :class:`~nl_detectron.NonLocalBlock`.
+Only tables; :mod:`nl_detectron.weights.convert` applies them. A key map goes from our names
+(detectron2's) to theirs and is used in both directions; ``{i}`` stands for the index of a residual
+block. What a library's block computes is written as arguments of our
+:class:`~nl_detectron.NonLocalBlock`.
 
 Sources: mmcv ``cnn/bricks/non_local.py``, mmaction2 ``models/backbones/resnet3d.py``, pytorchvideo
 ``layers/nonlocal_net.py``, SlowFast ``models/nonlocal_helper.py``, AlexHex7/Non-local_pytorch
@@ -16,58 +17,68 @@ from dataclasses import dataclass, field
 from typing import Any
 
 STAGES = (2, 3, 4, 5)
-SAME_PARAMETERS = ("embedded_gaussian", "dot_product")  # weights do not tell these two apart
+SAME_PARAMETERS = ("embedded_gaussian", "dot_product")  # weights cannot tell these two apart
 ALL_PAIRWISE = (*SAME_PARAMETERS, "gaussian", "concatenation")
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """The names of one library, and what its non-local block can compute.
+    """The parameter names of one library, and what its non-local block can compute.
 
     Attributes:
-        block: parameter of our block -> theirs; empty if the library has no such block. ``{pool}``
-            and ``{norm}`` are ".0" in blocks that are subsampled or have a norm, "" in others.
-        places: our name of a block in a ResNet -> theirs. Elsewhere a block keeps its name.
-        joint: what joins the name of a block and that of its parameter.
-        trunk: our parameter of the ResNet -> theirs; ``None`` if all is named as in detectron2.
-        rest: without ``trunk``, why what is not a block is left out.
-        dropped: pattern of other keys to leave out -> why.
-        fixed: arguments of our block that have but one value in theirs.
-        pairwise: the forms that it has.
-        norms: what may follow the output convolution.
-        affine_norm: a norm may come as scale and bias alone, its statistics folded into them.
-        bias_beside_norm: whether its output convolution has a bias when a norm follows.
-        concat_dim: number of spatial axes of ``concat_project``, if it is not that of the block.
-        scales_by_width: its scale is C ** -0.5, ours D ** -0.5.
-        wrapper: the entry of a file that holds the weights; "" if the file holds nothing else.
-        note: what a config says for a ResNet of this dialect.
+        block: key map of a block's parameters; empty if the library has no such block. ``{pool}``
+            and ``{norm}`` become ".0" in blocks that subsample or have a norm, "" in others.
+        block_names: key map of the names of blocks in a ResNet. A block elsewhere keeps its name.
+        separator: what joins the name of a block and the name of its parameter.
+        backbone: key map of the ResNet's parameters; empty if only blocks are converted, ``None``
+            if every key is named as in detectron2.
+        ignored: pattern of keys to leave out -> reason.
+        fixed: arguments of our block that have a single value in theirs.
+        pairwise: the pairwise functions that their block supports.
+        norms: the norms that it supports.
+        affine_norm: a norm may be stored as scale and bias only, its statistics folded into them.
+        bias_before_norm: whether the output convolution has a bias when a norm follows.
+        concat_dim: number of spatial axes of ``concat_project``, if not that of the block.
+        scales_by_in_channels: its scale is C ** -0.5, ours D ** -0.5.
+        state_dict_key: the entry of a checkpoint that holds the weights; "" if they are all it
+            holds.
+        note: what the config of a ResNet from this library must set.
     """
 
     block: Mapping[str, str] = field(default_factory=dict)
-    places: Mapping[str, str] = field(default_factory=dict)
-    joint: str = "."
-    trunk: Mapping[str, str] | None = field(default_factory=dict)
-    rest: str = ""
-    dropped: Mapping[str, str] = field(default_factory=dict)
+    block_names: Mapping[str, str] = field(default_factory=dict)
+    separator: str = "."
+    backbone: Mapping[str, str] | None = field(default_factory=dict)
+    ignored: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     pairwise: tuple[str, ...] = SAME_PARAMETERS
     norms: tuple[str, ...] = ("", "BN")
     affine_norm: bool = False
-    bias_beside_norm: bool = True
+    bias_before_norm: bool = True
     concat_dim: int | None = None
-    scales_by_width: bool = False
-    wrapper: str = ""
+    scales_by_in_channels: bool = False
+    state_dict_key: str = ""
     note: str = ""
 
+    @property
+    def blocks_only(self) -> bool:
+        """Whether nothing but non-local blocks is converted."""
+        return self.backbone is not None and not self.backbone
 
-def _torch(modules: Mapping[str, str]) -> dict[str, str]:
+    @property
+    def names_show_subsampling(self) -> bool:
+        """Whether parameters are named differently in blocks that subsample."""
+        return any("{pool}" in name for name in self.block.values())
+
+
+def _torch_keys(modules: Mapping[str, str]) -> dict[str, str]:
     names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     return {f"{ours}.{n}": f"{theirs}.{n}" for ours, theirs in modules.items() for n in names}
 
 
-def _caffe2(modules: Mapping[str, str]) -> dict[str, str]:
+def _caffe2_keys(modules: Mapping[str, str]) -> dict[str, str]:
     conv = {"weight": "w", "bias": "b"}
-    # "riv" is read as inverse variance; video-nonlocal-net says that it holds the variance.
+    # "riv" reads like inverse variance, but video-nonlocal-net says that it holds the variance.
     norm = {"weight": "s", "bias": "b", "running_mean": "rm", "running_var": "riv"}
     return {
         f"{ours}.{n}": f"{theirs}_{short}"
@@ -76,7 +87,7 @@ def _caffe2(modules: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-_TORCHVISION_TRUNK = _torch(
+_TORCHVISION_RESNET = _torch_keys(
     {
         "stem.conv1": "conv1",
         "stem.conv1.norm": "bn1",
@@ -92,7 +103,7 @@ _TORCHVISION_TRUNK = _torch(
     }
 )
 
-_CAFFE2_TRUNK = _caffe2(
+_CAFFE2_RESNET = _caffe2_keys(
     {
         "stem.conv1": "conv1",
         "stem.conv1.norm": "res_conv1_bn",
@@ -111,9 +122,8 @@ _CAFFE2_TRUNK = _caffe2(
     }
 )
 
-# By the released configs (NONLOCAL.USE_SCALE True) and with NONLOCAL.GROUP 1
+# As in the released configs (NONLOCAL.USE_SCALE True), with NONLOCAL.GROUP 1
 _AS_RELEASED = {"subsample_position": "before_conv", "scale": True, "axes": "spacetime"}
-_BLOCKS_ALONE = "not of a non-local block; of these networks the blocks alone are converted"
 _IMAGENET_RGB = (
     "INPUT.FORMAT RGB, MODEL.PIXEL_MEAN [123.675, 116.280, 103.530], MODEL.PIXEL_STD "
     "[58.395, 57.120, 57.375], MODEL.RESNETS.STRIDE_IN_1X1 False"
@@ -121,7 +131,7 @@ _IMAGENET_RGB = (
 
 DIALECTS = {
     "nl_detectron": Dialect(
-        block=_torch(
+        block=_torch_keys(
             {
                 "theta": "theta",
                 "phi": "phi",
@@ -131,15 +141,15 @@ DIALECTS = {
                 "concat_project": "concat_project",
             }
         ),
-        trunk=None,
+        backbone=None,
         pairwise=ALL_PAIRWISE,
         norms=("", "GN", "SyncBN", "BN"),
-        wrapper="model",
+        state_dict_key="model",
     ),
-    "detectron2": Dialect(trunk=None, fixed={"dim": 2}, wrapper="model"),
-    # With the places of mmaction2
+    "detectron2": Dialect(backbone=None, fixed={"dim": 2}, state_dict_key="model"),
+    # Blocks are named as in mmaction2.
     "mmcv": Dialect(
-        block=_torch(
+        block=_torch_keys(
             {
                 "theta": "theta.conv",
                 "phi": "phi{pool}.conv",
@@ -149,18 +159,17 @@ DIALECTS = {
                 "concat_project": "concat_project.conv",
             }
         ),
-        places={
+        block_names={
             f"res{s}.non_local{{i}}": f"backbone.layer{s - 1}.{{i}}.non_local_block" for s in STAGES
         },
-        rest=_BLOCKS_ALONE,
         fixed={"subsample_position": "after_conv", "axes": "spacetime"},
         pairwise=ALL_PAIRWISE,
-        bias_beside_norm=False,
+        bias_before_norm=False,
         concat_dim=2,
-        wrapper="state_dict",
+        state_dict_key="state_dict",
     ),
     "pytorchvideo": Dialect(
-        block=_torch(
+        block=_torch_keys(
             {
                 "theta": "conv_theta",
                 "phi": "conv_phi",
@@ -169,11 +178,10 @@ DIALECTS = {
                 "norm": "norm",
             }
         ),
-        rest=_BLOCKS_ALONE,
         fixed={"dim": 3, **_AS_RELEASED},
     ),
     "slowfast": Dialect(
-        block=_torch(
+        block=_torch_keys(
             {
                 "theta": "conv_theta",
                 "phi": "conv_phi",
@@ -182,14 +190,13 @@ DIALECTS = {
                 "norm": "bn",
             }
         ),
-        places={f"res{s}.non_local{{i}}": f"s{s}.pathway0_nonlocal{{i}}" for s in STAGES},
-        rest=_BLOCKS_ALONE,
+        block_names={f"res{s}.non_local{{i}}": f"s{s}.pathway0_nonlocal{{i}}" for s in STAGES},
         fixed={"dim": 3, **_AS_RELEASED},
         norms=("BN",),
-        wrapper="model_state",
+        state_dict_key="model_state",
     ),
     "alexhex7": Dialect(
-        block=_torch(
+        block=_torch_keys(
             {
                 "theta": "theta",
                 "phi": "phi{pool}",
@@ -199,34 +206,35 @@ DIALECTS = {
                 "concat_project": "concat_project.0",
             }
         ),
-        rest=_BLOCKS_ALONE,
         fixed={"subsample_position": "after_conv", "scale": False, "axes": "spacetime"},
         pairwise=ALL_PAIRWISE,
         concat_dim=2,
     ),
-    # Of a block made without use_scale=False
+    # For blocks made with use_scale=True, the default.
     "timm": Dialect(
-        block=_torch({"theta": "t", "phi": "p", "g": "g", "conv_out": "z", "norm": "norm"}),
-        trunk=_TORCHVISION_TRUNK,
+        block=_torch_keys({"theta": "t", "phi": "p", "g": "g", "conv_out": "z", "norm": "norm"}),
+        backbone=_TORCHVISION_RESNET,
         fixed={"dim": 2, "subsample": 1, "scale": True},
         norms=("BN",),
         pairwise=("embedded_gaussian",),
-        scales_by_width=True,
+        scales_by_in_channels=True,
         note=f"{_IMAGENET_RGB}; a few timm models have another mean and std (pretrained_cfg)",
     ),
-    "torchvision": Dialect(trunk=_TORCHVISION_TRUNK, fixed={"dim": 2}, note=_IMAGENET_RGB),
+    "torchvision": Dialect(backbone=_TORCHVISION_RESNET, fixed={"dim": 2}, note=_IMAGENET_RGB),
     "caffe2": Dialect(
-        block=_caffe2({"theta": "theta", "phi": "phi", "g": "g", "conv_out": "out", "norm": "bn"}),
-        places={f"res{s}.non_local{{i}}": f"nonlocal_conv{s}_{{i}}" for s in STAGES},
-        joint="_",
-        trunk=_CAFFE2_TRUNK,
-        dropped={r".*_momentum|lr|model_iter": "state of the optimiser"},
+        block=_caffe2_keys(
+            {"theta": "theta", "phi": "phi", "g": "g", "conv_out": "out", "norm": "bn"}
+        ),
+        block_names={f"res{s}.non_local{{i}}": f"nonlocal_conv{s}_{{i}}" for s in STAGES},
+        separator="_",
+        backbone=_CAFFE2_RESNET,
+        ignored={r".*_momentum|lr|model_iter": "optimizer state"},
         fixed=_AS_RELEASED,
         affine_norm=True,
-        wrapper="blobs",
-        note="if of video-nonlocal-net, INPUT.FORMAT RGB, MODEL.PIXEL_MEAN [114.75, 114.75, "
+        state_dict_key="blobs",
+        note="for video-nonlocal-net, INPUT.FORMAT RGB, MODEL.PIXEL_MEAN [114.75, 114.75, "
         "114.75], MODEL.PIXEL_STD [57.375, 57.375, 57.375], MODEL.RESNETS.STRIDE_IN_1X1 False, and "
-        "its stem pools without padding; if Detectron's R-50 or R-101, INPUT.FORMAT BGR, "
+        "its stem pools without padding; for Detectron's R-50 or R-101, INPUT.FORMAT BGR, "
         "MODEL.PIXEL_MEAN [102.9801, 115.9465, 122.7717], MODEL.PIXEL_STD [1.0, 1.0, 1.0], "
         "MODEL.RESNETS.STRIDE_IN_1X1 True",
     ),

@@ -1,4 +1,4 @@
-"""Reading and writing checkpoints of tensors, without running code that a file may carry."""
+"""Reading and writing checkpoints, without running code that a file may contain."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from nl_detectron.weights.dialects import DIALECTS, Dialect
 
 SUFFIXES = (".pth", ".pt", ".pyth", ".pkl", ".safetensors")
 
-# What pickled arrays and dictionaries of them are made of; none of it calls anything else.
-_ALLOWED = {
+# What pickled arrays and containers of them refer to; nothing here can run other code.
+_SAFE_GLOBALS = {
     ("collections", "OrderedDict"),
     ("_codecs", "encode"),
     ("numpy", "ndarray"),
@@ -29,22 +29,25 @@ _ALLOWED = {
 }
 
 _REFUSAL = (
-    "it holds {}, and only tensors, arrays, numbers, strings and their dictionaries and lists are "
-    "read: anything else could run code"
+    "it contains {}; only tensors, arrays, numbers, strings, and dictionaries and lists of them "
+    "are loaded, because anything else could run code"
 )
 
 
 def load(path: str | Path) -> tuple[dict[str, Any], list[str]]:
-    """Read the weights of a checkpoint, and the names of what else is in the file.
+    """Load the state dict of a checkpoint.
 
-    ``.pth``, ``.pt`` and ``.pyth`` are read with ``torch.load(weights_only=True)``, ``.pkl`` with
-    an unpickler that knows arrays, numbers, strings and their containers alone.
+    ``.pth``, ``.pt`` and ``.pyth`` are loaded with ``torch.load(weights_only=True)``, ``.pkl`` with
+    an unpickler that accepts only arrays, numbers, strings and containers of them.
+
+    Returns:
+        The state dict, and the names of the other entries in the file.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: an unknown suffix, a damaged file, or one that holds other objects, the first of
-            which is named.
-        ModuleNotFoundError: a ``.safetensors`` file without the package of this name.
+        ValueError: an unknown suffix, a damaged file, or one with other objects, the first of which
+            is named.
+        ModuleNotFoundError: a ``.safetensors`` file, but the package ``safetensors`` is missing.
     """
     path = check_suffix(path)
     if not path.is_file():
@@ -56,26 +59,26 @@ def load(path: str | Path) -> tuple[dict[str, Any], list[str]]:
         raise
     except Exception as error:  # a damaged file raises almost anything
         raise ValueError(f"cannot read {path}: {error}") from error
-    wrappers = {dialect.wrapper for dialect in DIALECTS.values()}
-    beside: list[str] = []
+    known_keys = {dialect.state_dict_key for dialect in DIALECTS.values()}
+    other_entries: list[str] = []
     if isinstance(data, dict):
         for key in data:
-            if key in wrappers and isinstance(data[key], dict):
-                data, beside = data[key], [str(other) for other in data if other != key]
+            if key in known_keys and isinstance(data[key], dict):
+                data, other_entries = data[key], [str(other) for other in data if other != key]
                 break
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise ValueError(f"{path} holds a {type(data).__name__}, not a dictionary of named tensors")
-    return data, beside
+    return data, other_entries
 
 
 def save(state: Mapping[str, Tensor], path: str | Path, dialect: Dialect) -> None:
-    """Write weights in the format of the suffix, wrapped as readers of the dialect expect it.
+    """Write a state dict in the format of the suffix, under the key that the dialect's readers use.
 
     In a ``.pkl`` tensors become arrays; a ``.safetensors`` file holds nothing but tensors.
 
     Raises:
-        ValueError: an unknown suffix, or bfloat16, which arrays lack.
-        ModuleNotFoundError: a ``.safetensors`` file without the package of this name.
+        ValueError: an unknown suffix, or bfloat16 in a ``.pkl``, since numpy does not have it.
+        ModuleNotFoundError: a ``.safetensors`` file, but the package ``safetensors`` is missing.
     """
     path = check_suffix(path)
     if path.suffix == ".safetensors":
@@ -86,10 +89,11 @@ def save(state: Mapping[str, Tensor], path: str | Path, dialect: Dialect) -> Non
         if any(value.dtype == torch.bfloat16 for value in values.values()):
             raise ValueError(f"{path}: arrays cannot hold bfloat16; write .pth or .safetensors")
         values = {name: value.numpy() for name, value in values.items()}
-    data: dict[str, Any] = {dialect.wrapper: values} if dialect.wrapper else values
-    if dialect.trunk is None:
+    key = dialect.state_dict_key
+    data: dict[str, Any] = {key: values} if key else values
+    if dialect.backbone is None:
         data["__author__"] = "nl_detectron"
-        # detectron2 then finds the place of a lone ResNet in a detector.
+        # Lets detectron2 load a ResNet into the backbone of a detector.
         data["matching_heuristics"] = not any(name.startswith("backbone.") for name in values)
     if path.suffix == ".pkl":
         path.write_bytes(pickle.dumps(data))
@@ -98,7 +102,7 @@ def save(state: Mapping[str, Tensor], path: str | Path, dialect: Dialect) -> Non
 
 
 def to_tensor(value: Any) -> Tensor | None:
-    """A tensor of its own memory for a tensor or an array of numbers, else ``None``."""
+    """Copy a tensor or an array of numbers into a new tensor; ``None`` for anything else."""
     if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
         value = torch.from_numpy(np.array(value))
     if not isinstance(value, Tensor):
@@ -116,7 +120,7 @@ def check_suffix(path: str | Path) -> Path:
 
 class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
+        if (module, name) not in _SAFE_GLOBALS:
             raise pickle.UnpicklingError(_REFUSAL.format(f"{module}.{name}"))
         return super().find_class(module, name)
 
@@ -128,13 +132,13 @@ def _load_torch(path: Path) -> Any:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused is None:
             raise
-        # torch's own words end in advice to switch the protection off
+        # torch's own message ends with the advice to set weights_only=False.
         raise pickle.UnpicklingError(_REFUSAL.format(refused[1])) from None
 
 
 def _load_pickle(path: Path) -> Any:
     with path.open("rb") as f:
-        return _ArrayUnpickler(f, encoding="latin1").load()  # latin1: arrays of Python 2
+        return _ArrayUnpickler(f, encoding="latin1").load()  # for arrays of Python 2
 
 
 def _safetensors() -> Any:

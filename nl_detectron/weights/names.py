@@ -1,4 +1,4 @@
-"""Names of parameters between dialects: the tables of :mod:`dialects`, applied."""
+"""Applying the key maps of :mod:`dialects`: renaming keys, and finding the keys of blocks."""
 
 from __future__ import annotations
 
@@ -9,56 +9,52 @@ from collections.abc import Collection, Mapping
 from nl_detectron.weights.dialects import Dialect
 
 
-def rename(name: str, table: Mapping[str, str]) -> str | None:
-    """Look a name up in a table of templates; ``{i}`` stands for a number. ``None`` if unknown."""
-    for template, other in table.items():
+def rename(name: str, key_map: Mapping[str, str]) -> str | None:
+    """Look up a name in a key map, in which ``{i}`` matches any number; ``None`` if not found."""
+    for template, other in key_map.items():
         match = re.fullmatch(re.escape(template).replace(r"\{i\}", r"(\d+)"), name)
         if match:
             return other.replace("{i}", match[1]) if match.groups() else other
     return None
 
 
-def inverse(table: Mapping[str, str]) -> dict[str, str]:
-    """Return the table from theirs to ours."""
-    return {theirs: ours for ours, theirs in table.items()}
+def inverse(key_map: Mapping[str, str]) -> dict[str, str]:
+    """Return the key map from theirs to ours."""
+    return {theirs: ours for ours, theirs in key_map.items()}
 
 
-def block_names(dialect: Dialect, *, pooled: bool, normed: bool) -> dict[str, str]:
-    """Parameter of our block -> theirs, for a block that is subsampled or not, with norm or not."""
-    parts = {"pool": ".0" if pooled else "", "norm": ".0" if normed else ""}
+def block_keys(dialect: Dialect, *, subsampled: bool, has_norm: bool) -> dict[str, str]:
+    """Return the key map of a block, our parameter -> theirs."""
+    parts = {"pool": ".0" if subsampled else "", "norm": ".0" if has_norm else ""}
     return {ours: theirs.format(**parts) for ours, theirs in dialect.block.items()}
 
 
-def tell_pooling(dialect: Dialect) -> bool:
-    """Whether the names of a block tell that it is subsampled."""
-    return any("{pool}" in theirs for theirs in dialect.block.values())
-
-
-def find_blocks(
+def find_block_keys(
     keys: Collection[str], dialect: Dialect
 ) -> dict[str, tuple[dict[str, str], bool | None]]:
-    """Find the blocks of a dialect by their convolutions g and W_z.
+    """Find the non-local blocks in a state dict by their convolutions g and W_z.
 
     Returns:
-        What stands before the parameters of a block -> the names of these as in
-        :func:`block_names`, and whether it is subsampled, or ``None`` if names do not tell.
+        Prefix of the block's keys -> the key map of :func:`block_keys`, and whether the block is
+        subsampled, or ``None`` if names do not show it.
     """
     found: dict[str, tuple[dict[str, str], bool | None]] = {}
     if not dialect.block:
         return found
-    for pooled, normed in itertools.product((False, True), repeat=2):
-        names = block_names(dialect, pooled=pooled, normed=normed)
+    for subsampled, has_norm in itertools.product((False, True), repeat=2):
+        key_map = block_keys(dialect, subsampled=subsampled, has_norm=has_norm)
+        known = subsampled if dialect.names_show_subsampling else None
         for key in keys:
-            prefix = key.removesuffix(names["conv_out.weight"])
-            at_joint = prefix == "" or prefix.endswith(dialect.joint)
-            if prefix != key and at_joint and prefix + names["g.weight"] in keys:
-                found.setdefault(prefix, (names, pooled if tell_pooling(dialect) else None))
+            prefix = key.removesuffix(key_map["conv_out.weight"])
+            is_block = prefix != key and prefix + key_map["g.weight"] in keys
+            if is_block and (not prefix or prefix.endswith(dialect.separator)):
+                found.setdefault(prefix, (key_map, known))
     return found
 
 
-def listed(keys: Collection[str]) -> str:
-    """Text for a message: how many keys, and each of them, or of more than 20 their patterns."""
+def summarize_keys(keys: Collection[str]) -> str:
+    """Text for a message: the number of keys and their names, or patterns if more than 20."""
     shown = keys
     if len(keys) > 20:
         shown = dict.fromkeys(re.sub(r"\d+|[^._]+$", "*", key) for key in keys)
-    return f"{len(keys)} keys: {', '.join(shown)}"
+    return f"{len(keys)} key{'s' * (len(keys) != 1)}: {', '.join(shown)}"

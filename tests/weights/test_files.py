@@ -1,8 +1,7 @@
-"""Checkpoint files: what is read and written, and that none of them runs code."""
+"""Checkpoint files: what is read and written, and that no file runs code."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import pickle
@@ -16,11 +15,11 @@ import torch
 from nl_detectron.weights import DIALECTS, load, save
 from nl_detectron.weights.files import SUFFIXES, to_tensor
 
-needs_safetensors = pytest.mark.skipif(
-    importlib.util.find_spec("safetensors") is None, reason="needs safetensors"
+SAFETENSORS = pytest.param(
+    ".safetensors",
+    marks=pytest.mark.skipif(importlib.util.find_spec("safetensors") is None, reason="not there"),
 )
-MARKS = {".safetensors": needs_safetensors}
-ANY_SUFFIX = [pytest.param(suffix, marks=MARKS.get(suffix, ())) for suffix in SUFFIXES]
+ANY_SUFFIX = [suffix for suffix in SUFFIXES if suffix != ".safetensors"] + [SAFETENSORS]
 
 STATE = {
     "float": torch.tensor([1 / 3, float("nan"), -0.0]),
@@ -42,13 +41,13 @@ class Malicious:
         return os.mkdir, (str(self.path),)
 
 
-# Under which key each library keeps the weights in its files; the others keep nothing else.
-WRAPPERS = {"nl_detectron": "model", "detectron2": "model", "mmcv": "state_dict"}
-WRAPPERS |= {"slowfast": "model_state", "caffe2": "blobs"}
+# Keys of the files of each library, the first of which has the weights; others hold these alone.
+KEYS = dict.fromkeys(["nl_detectron", "detectron2"], ["model", "__author__", "matching_heuristics"])
+KEYS |= {"mmcv": ["state_dict"], "slowfast": ["model_state"], "caffe2": ["blobs"]}
 
 
 def read(path):
-    """What is in a file, by the library whose format it is."""
+    """The content of a file, read by the library that the format belongs to."""
     if path.suffix == ".pkl":
         return pickle.loads(path.read_bytes())
     if path.suffix == ".safetensors":
@@ -62,10 +61,9 @@ def test_same_bits(suffix, dialect, tmp_path):
     path = tmp_path / f"weights{suffix}"
     save(STATE, path, DIALECTS[dialect])
     written = read(path)
-    if dialect in WRAPPERS and suffix != ".safetensors":
-        beside = ["__author__", "matching_heuristics"] if WRAPPERS[dialect] == "model" else []
-        assert list(written) == [WRAPPERS[dialect], *beside]
-        written = written[WRAPPERS[dialect]]
+    if dialect in KEYS and suffix != ".safetensors":
+        assert list(written) == KEYS[dialect]
+        written = written[KEYS[dialect][0]]
     state = load(path)[0]
     assert written.keys() == state.keys() == STATE.keys()
     for name, value in STATE.items():
@@ -75,7 +73,7 @@ def test_same_bits(suffix, dialect, tmp_path):
             assert found.tobytes() == value.numpy().tobytes()
 
 
-@pytest.mark.parametrize("suffix", [".pth", pytest.param(".safetensors", marks=needs_safetensors)])
+@pytest.mark.parametrize("suffix", [".pth", SAFETENSORS])
 def test_bfloat16(suffix, tmp_path):
     state = {"x": torch.rand(3).bfloat16()}
     save(state, tmp_path / f"weights{suffix}", DIALECTS["mmcv"])
@@ -88,8 +86,8 @@ def test_bfloat16(suffix, tmp_path):
 def test_pickles_of_every_protocol(protocol, tmp_path):
     blobs = OrderedDict(conv1_w=np.random.rand(2, 3).astype("f4"), lr=np.float32(0.1), iter=3)
     (tmp_path / "c2.pkl").write_bytes(pickle.dumps({"blobs": blobs, "cfg": "text"}, protocol))
-    state, beside = load(tmp_path / "c2.pkl")
-    assert beside == ["cfg"]
+    state, other_entries = load(tmp_path / "c2.pkl")
+    assert other_entries == ["cfg"]
     assert (state["conv1_w"] == blobs["conv1_w"]).all()
     assert (state["lr"], state["iter"]) == (blobs["lr"], 3)
 
@@ -113,7 +111,7 @@ def test_code_is_not_run(suffix, tmp_path):
     path, trace = tmp_path / f"weights{suffix}", tmp_path / "trace"
     data = {"model": {"x": Malicious(trace)}}
     path.write_bytes(pickle.dumps(data)) if suffix == ".pkl" else torch.save(data, path)
-    with pytest.raises(ValueError, match=r"it holds (posix|nt)\.mkdir, and only tensors"):
+    with pytest.raises(ValueError, match=r"it contains (posix|nt)\.mkdir; only tensors"):
         load(path)
     assert not trace.exists()
     pickle.loads(pickle.dumps(data))
@@ -126,7 +124,7 @@ def test_pickle_with_another_global_is_refused(name, tmp_path):
     (tmp_path / "x.pkl").write_bytes(
         b"\x80\x02}U\x01xc%b\n%b\ns." % (module.encode(), attribute.encode())
     )
-    with pytest.raises(ValueError, match=f"it holds {name}, and only tensors"):
+    with pytest.raises(ValueError, match=f"it contains {name}; only tensors"):
         load(tmp_path / "x.pkl")
 
 
@@ -139,14 +137,14 @@ def test_damaged_file_is_named(suffix, tmp_path):
         load(path)
 
 
-def test_what_is_no_dictionary(tmp_path):
+def test_file_without_a_state_dict(tmp_path):
     for data, name in (([1, 2], "list"), ({1: torch.ones(1)}, "dict"), ({"model": {1: 2}}, "dict")):
         torch.save(data, tmp_path / "x.pth")
         with pytest.raises(ValueError, match=f"holds a {name}, not a dictionary of named"):
             load(tmp_path / "x.pth")
 
 
-def test_suffix_and_place(tmp_path):
+def test_path_is_checked(tmp_path):
     with pytest.raises(ValueError, match=r"must be one of .*'.pkl'.*, got '.npz'"):
         load(tmp_path / "x.npz")
     with pytest.raises(ValueError, match="got ''"):
@@ -168,7 +166,7 @@ def test_tensor_has_its_own_memory():
     assert tensor.is_contiguous()
 
 
-def test_safetensors_is_asked_for(tmp_path, monkeypatch):
+def test_missing_safetensors_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(ModuleNotFoundError, match="pip install safetensors"):
