@@ -2,18 +2,31 @@
 `dev/install_detectron2.py` installs it (`make` calls it). constraints.txt has tested versions.
 """
 
-import re
+import runpy
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
+COMMANDS = runpy.run_path(str(HERE / "nl_detectron_cli" / "__init__.py"))
+PACKAGES = find_packages(include=["nl_detectron", "nl_detectron.*", "nl_detectron_cli"])
 
 
-def version():
-    """Read ``__version__`` as text: importing the package would need detectron2 and torch."""
-    text = (HERE / "nl_detectron" / "__init__.py").read_text(encoding="utf-8")
-    return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE).group(1)
+class BuildWithConfigs(build_py):
+    """Gives a wheel the configs, at the place where ``nl_detectron.model_zoo`` finds them."""
+
+    def run(self):
+        """Build from scratch: what an earlier build left behind would get into the wheel."""
+        if not self.editable_mode:
+            for package in {name.split(".")[0] for name in PACKAGES}:
+                shutil.rmtree(Path(self.build_lib, package), ignore_errors=True)
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib, "nl_detectron", "model_zoo", "configs")
+            no_cache = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(HERE / "configs", target, ignore=no_cache)
 
 
 def readme():
@@ -23,14 +36,16 @@ def readme():
 
 setup(
     name="nl_detectron",
-    version=version(),
+    version=COMMANDS["version"](),
     description="Non-local neural networks as an extension of detectron2",
     long_description=readme(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["nl_detectron", "nl_detectron.*"]),
-    package_data={"nl_detectron": ["py.typed"]},
+    packages=PACKAGES,
+    package_data={"nl_detectron": ["py.typed"], "nl_detectron_cli": ["tested.json"]},
+    cmdclass={"build_py": BuildWithConfigs},
+    entry_points={"console_scripts": ["nl-detectron = nl_detectron_cli:main"]},
     install_requires=[
         "torch>=2.4",  # torch.amp.is_autocast_available
         "fvcore",

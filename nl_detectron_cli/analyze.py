@@ -15,9 +15,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nl_detectron_cli.arguments import at_least
-
-CONFIGS = Path(__file__).parent.parent / "configs"
+from nl_detectron_cli.arguments import add_config_file, at_least
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -25,7 +23,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", type=Path, metavar="FILE", help="default: all full ones")
+    add_config_file(parser, "default: all of the model zoo but the short ones", required=False)
     parser.add_argument(
         "--image-size",
         type=at_least(1),
@@ -56,6 +54,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def full_configs() -> list[str]:
+    """Return the YAML configs of the model zoo, without those for a quick try."""
+    from nl_detectron.model_zoo import get_config_file, names
+
+    wanted = (name for name in names() if name.startswith("COCO-") and name.endswith(".yaml"))
+    return [get_config_file(name) for name in wanted]
+
+
 def main(argv: list[str] | None = None) -> None:
     """Print the tables."""
     args = parse_args(argv)
@@ -65,9 +71,9 @@ def main(argv: list[str] | None = None) -> None:
     from nl_detectron.engine.console import mistakes_in_one_sentence
     from nl_detectron.engine.predictor import model_errors
 
-    paths = [args.config_file] if args.config_file else sorted(CONFIGS.glob("COCO-*/[!B]*.yaml"))
+    paths = [args.config_file] if args.config_file else full_configs()
     with mistakes_in_one_sentence(), model_errors():
-        configs = [(path.stem, load_config(path, args.opts)) for path in paths]
+        configs = [(Path(path).stem, load_config(path, args.opts)) for path in paths]
         for _, cfg in configs:
             build(cfg)
     load = Load(tuple(args.image_size), args.proposals, args.detections)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import runpy
 from collections.abc import Callable
+from pathlib import Path
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
@@ -18,12 +20,37 @@ def at_least(minimum: int) -> Callable[[str], int]:
     return parse
 
 
+def config_file(text: str) -> str:
+    """A type of argument: the path of a config, or its name in the model zoo. Returns the path.
+
+    A mistake ends the program as one in the config does: with one sentence.
+    """
+    # Run by itself: importing it would import nl_detectron, and with it torch and detectron2.
+    zoo = Path(__file__).resolve().parents[1] / "nl_detectron" / "model_zoo" / "files.py"
+    try:
+        return runpy.run_path(str(zoo))["find_config_file"](text)
+    except ValueError as error:
+        raise SystemExit(f"--config-file {error}") from None
+
+
+def add_config_file(
+    parser: argparse.ArgumentParser,
+    help: str = "YAML config, or its name in the model zoo",
+    *,
+    required: bool = True,
+) -> None:
+    """Add ``--config-file``, the only place that says what it takes."""
+    parser.add_argument(
+        "--config-file", type=config_file, required=required, metavar="FILE", help=help
+    )
+
+
 def argument_parser(description: str) -> argparse.ArgumentParser:
     """The arguments of detectron2's train_net, and ours."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML config")
+    add_config_file(parser)
     parser.add_argument(
         "--resume",
         action="store_true",

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from nl_detectron_cli import train
-from nl_detectron_cli.arguments import at_least
+from nl_detectron_cli.arguments import add_config_file, at_least
 
 
 def first_images(data: dict[str, Any], count: int, max_objects: int) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML config")
+    add_config_file(parser)
     parser.add_argument("--json", type=Path, required=True, help="COCO annotations")
     parser.add_argument("--images", required=True, help="image folder of --json")
     parser.add_argument(

@@ -19,6 +19,8 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nl_detectron_cli.arguments import add_config_file
+
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
     from detectron2.data import Metadata
@@ -29,12 +31,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--config-file",
-        required=True,
-        metavar="FILE",
-        help="config.yaml of the training's OUTPUT_DIR",
-    )
+    add_config_file(parser, "config.yaml of the training's OUTPUT_DIR, or a name in the model zoo")
     parser.add_argument("--weights", required=True, metavar="FILE", help="its checkpoint")
     parser.add_argument(
         "--input",

@@ -1,6 +1,6 @@
-"""See :mod:`nl_detectron_cli.block_health`, or ``--help``."""
+"""See :mod:`nl_detectron_cli.health`, or ``--help``."""
 
-from nl_detectron_cli.block_health import main
+from nl_detectron_cli.health import main
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
-"""See :mod:`nl_detectron_cli.convert_weights`, or ``--help``."""
+"""See :mod:`nl_detectron_cli.convert`, or ``--help``."""
 
-from nl_detectron_cli.convert_weights import main
+from nl_detectron_cli.convert import main
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
-"""See :mod:`nl_detectron_cli.visualize_attention`, or ``--help``."""
+"""See :mod:`nl_detectron_cli.attention`, or ``--help``."""
 
-from nl_detectron_cli.visualize_attention import main
+from nl_detectron_cli.attention import main
 
 if __name__ == "__main__":
     main()

@@ -88,5 +88,5 @@ def test_refused(options, kwargs, message, evaluate):
 )
 def test_options_of_a_training(option, capsys):
     with pytest.raises(SystemExit):
-        train.parse_args(["--config-file", "a.yaml", "--eval-only", option])
+        train.parse_args(["--config-file", "Base-RCNN-FPN.yaml", "--eval-only", option])
     assert "are for training" in capsys.readouterr().err

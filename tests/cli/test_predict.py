@@ -245,7 +245,7 @@ def test_mistakes(predict, images, weights, custom_data, tmp_path):
     refuse("text.mp4 is no image .* no video", text)
     refuse("lost.pth not found", weights=tmp_path / "lost.pth")
     refuse("text.mp4: this file does not hold tensors alone", weights=text)
-    refuse("lost.yaml' does not exist", config=tmp_path / "lost.yaml")
+    refuse("lost.yaml is neither a file nor in", config=tmp_path / "lost.yaml")
     refuse("pictures there would replace", output=images)
     refuse("out.mp4: pictures of images need a folder", output=tmp_path / "out.mp4")
     refuse("folder .*text.mp4 cannot be made: File exists", images, "--json", text / "x.json")

@@ -21,7 +21,7 @@ from detectron2.utils.env import seed_all_rng
 from nl_detectron import add_non_local_config
 from nl_detectron.analysis.detector_cost import Load, block_rows, count
 from nl_detectron.config import load_config, without_blocks
-from nl_detectron_cli import analyze, overfit, train
+from nl_detectron_cli import COMMANDS, analyze, overfit, train
 from tests.generated_coco import write_coco
 from tests.running import QUICK, ROOT, TINY, custom_data_arguments, run
 
@@ -42,16 +42,21 @@ def coco(tmp_path_factory):
     return root
 
 
-TOOLS = ["ab", "analyze", "block_health", "convert_weights", "overfit", "predict", "train_net"]
-TOOLS += ["visualize_attention"]
-SCRIPTS = [*(ROOT / "tools" / f"{name}.py" for name in TOOLS), ROOT / "projects/long_range/demo.py"]
+SCRIPTS = [*sorted((ROOT / "tools").glob("*.py")), ROOT / "projects/long_range/demo.py"]
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_help_imports_the_standard_library_alone(script):
-    """Without what takes seconds to import; and it shows the defaults."""
-    command = [sys.executable, "-X", "importtime", script, "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+@pytest.mark.parametrize(
+    ("program", "command"),
+    [
+        *((path.name, [path]) for path in SCRIPTS),
+        *((f"nl-detectron {name}", ["-m", "nl_detectron_cli", name]) for name in COMMANDS),
+    ],
+)
+def test_help_imports_the_standard_library_alone(program, command):
+    """Without what takes seconds to import; and it shows how it was called, and the defaults."""
+    command = [sys.executable, "-X", "importtime", *command, "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"usage: {program} [-h]")
     imported = re.findall(r"^import time:.*\| +(\w+)$", done.stderr, re.MULTILINE)
     assert "argparse" in imported
     assert {"torch", "numpy", "detectron2", "nl_detectron"}.isdisjoint(imported)
@@ -192,7 +197,7 @@ class TestTrainNet:
     )
     def test_arguments(self, arguments, message, capsys):
         if arguments:
-            arguments = ["--config-file", "a.yaml", *arguments]
+            arguments = ["--config-file", "Base-RCNN-FPN.yaml", *arguments]
         with pytest.raises(SystemExit) as exit:
             train.parse_args(arguments)
         assert exit.value.code == 2
@@ -206,9 +211,9 @@ class TestTrainNet:
             monkeypatch.delenv(name, raising=False)
         if policy:
             monkeypatch.setenv("OMP_WAIT_POLICY", policy)
-        done = run("tools/train_net.py", "--config-file", "lost.yaml")
+        done = run("tools/train_net.py", "--config-file", "Base-RCNN-FPN.yaml", "SEEDS", "1")
         assert re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr) == [str(spins)]
-        assert done.stderr.splitlines()[-1] == "Config file 'lost.yaml' does not exist!"
+        assert done.stderr.splitlines()[-1] == "Non-existent key: SEEDS; did you mean SEED?"
         assert done.returncode == 1
 
 
@@ -318,13 +323,12 @@ class TestOverfit:
             ('{"images": [{"id": 1}], "annotations": [{"image_id": 1}]}', "it has no categories"),
         ],
     )
-    def test_json_that_is_of_no_use(self, text, message, tmp_path, monkeypatch):
+    def test_json_that_is_of_no_use(self, text, message, tmp_path):
         if text:
             (tmp_path / "a.json").write_text(text)
-        command = f"overfit --config-file x.yaml --json {tmp_path / 'a.json'} --images ."
-        monkeypatch.setattr("sys.argv", command.split())
+        config, annotations = str(QUICK / "Base-overfit.yaml"), str(tmp_path / "a.json")
         with pytest.raises(SystemExit, match=f"--json .*a.json: .*{message}"):
-            overfit.main()
+            overfit.main(["--config-file", config, "--json", annotations, "--images", "."])
 
     def test_hands_the_subset_to_train_net(self, custom_data, tmp_path):
         config = QUICK / "mask_rcnn_R_18_NL_FPN_overfit.yaml"

@@ -233,8 +233,8 @@ def test_setup_needs_neither_torch_nor_detectron2_to_run(metadata):
     import nl_detectron
 
     assert metadata["version"] == nl_detectron.__version__
-    assert "nl_detectron" in metadata["packages"]
-    assert all(package.split(".")[0] == "nl_detectron" for package in metadata["packages"])
+    tops = {package.split(".")[0] for package in metadata["packages"]}
+    assert tops == {"nl_detectron", "nl_detectron_cli"}
 
 
 def test_detectron2_is_not_asked_of_the_index(metadata):

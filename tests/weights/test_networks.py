@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from nl_detectron import NonLocalBlock, insert_non_local_blocks
 from nl_detectron.engine.checkpoint import StrictCheckpointer
 from nl_detectron.weights import DIALECTS, convert, load, save
-from nl_detectron_cli import convert_weights
+from nl_detectron_cli import convert as convert_command
 from tests.running import QUICK
 
 NORM = {"s": "weight", "b": "bias", "rm": "running_mean", "riv": "running_var"}
@@ -243,13 +243,13 @@ class TestTool:
         monkeypatch.chdir(tmp_path)
 
         def run(source, target, *options, files=("in.pth", "out.pth")):
-            convert_weights.main([*files, "--from", source, "--to", target, *map(str, options)])
+            convert_command.main([*files, "--from", source, "--to", target, *map(str, options)])
             return capsys.readouterr().out
 
         return run
 
     def test_offers_all_dialects(self):
-        assert set(convert_weights.LIBRARIES) == set(DIALECTS)
+        assert set(convert_command.LIBRARIES) == set(DIALECTS)
 
     def test_torchvision(self, run):
         state = torchvision.models.resnet18().state_dict()
@@ -301,7 +301,7 @@ class TestTool:
             ((), "'res5.non_local1'.*not show it; .* --block subsample=2"),
             (("--config-file", CONFIG), "'res5.non_local1': the model has no .*; it has .*res4"),
             (("--config-file", "bad.yaml"), "MODEL.DEPHT"),
-            (("--config-file", "missing.yaml"), "missing.yaml' does not exist"),
+            (("--config-file", "missing.yaml"), "missing.yaml is neither a file nor in"),
         ],
     )
     def test_mistake(self, options, message, run, tmp_path):

@@ -14,6 +14,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nl_detectron_cli.arguments import add_config_file
+
 if TYPE_CHECKING:
     from nl_detectron.analysis.health import BlockHealth
 
@@ -23,7 +25,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML config")
+    add_config_file(parser)
     parser.add_argument("--weights", metavar="FILE", help="checkpoint (default: the config's)")
     parser.add_argument("--input", type=Path, required=True, help="image, or folder of images")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")

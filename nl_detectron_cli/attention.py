@@ -21,6 +21,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nl_detectron_cli.arguments import add_config_file
+
 if TYPE_CHECKING:
     from nl_detectron.analysis.queries import Answer
     from nl_detectron.engine.frames import Frame
@@ -43,7 +45,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML config")
+    add_config_file(parser)
     parser.add_argument("--weights", metavar="FILE", help="checkpoint (default: the config's)")
     parser.add_argument("--input", type=Path, required=True, help="image, or folder of images")
     parser.add_argument("--output", type=Path, required=True, help="folder for the pictures")

@@ -15,6 +15,8 @@ import argparse
 import ast
 from typing import Any
 
+from nl_detectron_cli.arguments import add_config_file
+
 LIBRARIES = (
     *("nl_detectron", "detectron2", "mmcv", "pytorchvideo", "slowfast", "alexhex7", "timm"),
     *("torchvision", "caffe2"),
@@ -51,10 +53,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="NAME=VALUE",
         help="arguments of NonLocalBlock, for all blocks",
     )
-    parser.add_argument(
-        "--config-file",
-        help="a YAML config of ours: says what its blocks compute; blocks of it that the weights "
-        "lack are added",
+    add_config_file(
+        parser,
+        "a YAML config of ours, or its name in the model zoo: says what its blocks compute; blocks "
+        "of it that the weights lack are added",
+        required=False,
     )
     parser.add_argument("--verbose", action="store_true", help="print every key")
     return parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""visualize_attention and block_health, on a detector whose attention is known."""
+"""attention and health, on a detector whose attention is known."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nl_detectron_cli import block_health, predict, visualize_attention
+from nl_detectron_cli import attention, health, predict
 from tests import planted
 
 RED, BLUE = planted.rectangle(10, 42, 20, 20), planted.rectangle(230, 102, 20, 20)
@@ -29,8 +29,8 @@ def files(small_cfg, tmp_path):
 
 COMMANDS = {
     "predict": predict,
-    "visualize_attention": visualize_attention,
-    "block_health": block_health,
+    "attention": attention,
+    "health": health,
 }
 
 
@@ -52,7 +52,7 @@ class TestVisualizeAttention:
     def test_folder(self, files, command, capsys):
         out = files / "out"
         options = ["--block", "res4.*", "--query", f"{self.X},{self.Y}", "--query", "150,5"]
-        command("visualize_attention", "", *options, "--output", out)
+        command("attention", "", *options, "--output", out)
         stdout, stderr = capsys.readouterr()
         assert "1 images done, 1 skipped" in stdout
         assert "broken.png" in stderr
@@ -86,13 +86,13 @@ class TestVisualizeAttention:
             assert grid.size == (4 * heat.width, heat.height)  # one row of two pairs
 
     def test_grid_has_no_empty_place(self):
-        columns = visualize_attention.columns
+        columns = attention.columns
         by_pairs = {pairs: columns(2 * pairs) for pairs in (1, 2, 3, 4, 5, 6, 9)}
         assert by_pairs == {1: 2, 2: 4, 3: 6, 4: 4, 5: 2, 6: 6, 9: 6}
 
     def test_joint_in_its_roi(self, files, command):
         options = ["--block", "keypoint_head.*", "--joint", "2", "--output", files / "out"]
-        command("visualize_attention", "pair.png", *options, "--score-threshold", "0.4")
+        command("attention", "pair.png", *options, "--score-threshold", "0.4")
         stem = files / "out" / "pair.keypoint_head.non_local2.2"
         assert all(stem.with_suffix(end).exists() for end in (".2.heat.png", ".2.arrows.png"))
         raw = np.load(f"{stem}.npz")
@@ -111,7 +111,7 @@ class TestVisualizeAttention:
         torch.save(checkpoint, files / "model.pth")
         options = ["--joint", "2", "--output", files / "out", "--score-threshold", "0.6"]
         with pytest.raises(SystemExit, match="nothing could be done with .*pair.png"):
-            command("visualize_attention", "pair.png", *options)
+            command("attention", "pair.png", *options)
         message = "skipped .*pair.png: no detection of score 0.6 or more; the best has 0.50"
         assert re.search(message, capsys.readouterr().err)
         assert list((files / "out").iterdir()) == []
@@ -122,15 +122,15 @@ class TestVisualizeAttention:
         checkpoint["metadata"] = {"thing_classes": ["hand"], "keypoint_names": names}
         torch.save(checkpoint, files / "model.pth")
         options = ["--block", "res4.*", "--output", files / "out", "--joint"]
-        command("visualize_attention", "pair.png", *options, "left_wrist")
-        command("visualize_attention", "pair.png", *options, "1")
+        command("attention", "pair.png", *options, "left_wrist")
+        command("attention", "pair.png", *options, "1")
         by_name, by_index = (
             np.load(files / "out" / f"pair.res4.non_local4.{joint}.npz")["query"]
             for joint in ("left_wrist", "1")
         )
         assert by_name.tolist() == by_index.tolist()
         with pytest.raises(SystemExit, match="no joint 'nose'.* tip, left_wrist, c, d, e"):
-            command("visualize_attention", "pair.png", *options, "nose")
+            command("attention", "pair.png", *options, "nose")
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -150,7 +150,7 @@ class TestVisualizeAttention:
     )
     def test_refusals(self, files, command, capsys, options, message):
         with pytest.raises(SystemExit) as stop:
-            command("visualize_attention", "pair.png", "--output", files / "out", *options)
+            command("attention", "pair.png", "--output", files / "out", *options)
         assert stop.value.code not in (None, 0)
         assert message in capsys.readouterr().err + str(stop.value)
 
@@ -169,14 +169,14 @@ class TestVisualizeAttention:
         ],
     )
     def test_wrong_arguments(self, capsys, options, message):
-        required = ["--config-file", "c", "--input", "i", "--output", "o"]
+        required = ["--config-file", "Base-RCNN-FPN.yaml", "--input", "i", "--output", "o"]
         with pytest.raises(SystemExit) as stop:
-            visualize_attention.parse_args([*required, *options])
+            attention.parse_args([*required, *options])
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("tool", ["predict", "visualize_attention", "block_health"])
+@pytest.mark.parametrize("tool", ["predict", "attention", "health"])
 def test_no_arguments(tool, capsys):
     with pytest.raises(SystemExit) as stop:
         COMMANDS[tool].main([])
@@ -184,7 +184,7 @@ def test_no_arguments(tool, capsys):
     assert "the following arguments are required: --config-file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("tool", ["visualize_attention", "block_health"])
+@pytest.mark.parametrize("tool", ["attention", "health"])
 @pytest.mark.parametrize(
     ("image", "options", "message"),
     [
@@ -207,17 +207,17 @@ def test_mistakes(files, command, tool, image, options, message):
     (files / "empty").mkdir()
     looking = ["--query", "5,5", "--output", files / "out"]
     with pytest.raises(SystemExit, match=message):
-        command(tool, image, *(looking if tool == "visualize_attention" else []), *options)
+        command(tool, image, *(looking if tool == "attention" else []), *options)
 
 
-def test_block_health_of_random_weights(command, capsys):
-    command("block_health", "pair.png", "--weights", "", "MODEL.KEYPOINT_ON", "False")
+def test_health_of_random_weights(command, capsys):
+    command("health", "pair.png", "--weights", "", "MODEL.KEYPOINT_ON", "False")
     assert "1 images done, 0 skipped" in capsys.readouterr().out
 
 
-def test_block_health(files, command, capsys):
+def test_health(files, command, capsys):
     Image.new("RGB", (4000, 1)).save(files / "images" / "too_flat_to_be_resized.png")
-    command("block_health", "")
+    command("health", "")
     stdout, stderr = capsys.readouterr()
     assert "1 images done, 2 skipped" in stdout
     assert "broken.png" in stderr
