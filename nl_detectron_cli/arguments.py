@@ -7,6 +7,7 @@ import os
 import runpy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
@@ -113,3 +114,9 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
         "opts", nargs=argparse.REMAINDER, help="config keys and values, such as SOLVER.BASE_LR 0.01"
     )
     return parser
+
+
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the arguments say about loading a checkpoint, for a ``StrictCheckpointer``."""
+    options = {"allow_missing": args.allow_missing, "strip_blocks": args.strip_blocks}
+    return {**options, "complete": args.eval_only}

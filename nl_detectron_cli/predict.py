@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     from tqdm import tqdm
 
     from nl_detectron.config import load_config
-    from nl_detectron.engine.coco.results import ResultsFile
+    from nl_detectron.engine.coco.results import ResultsFile, painter
     from nl_detectron.engine.console import mistakes_in_one_sentence, quiet_detectron2
     from nl_detectron.engine.frames import Images, make_folder, open_frames, report_done
     from nl_detectron.engine.predictor import Predictor
@@ -90,7 +90,8 @@ def main(argv: list[str] | None = None) -> None:
             cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = args.score_threshold
             cfg.MODEL.RETINANET.SCORE_THRESH_TEST = args.score_threshold
             metadata, known_ids = read_metadata(cfg, args)
-            frames = open_frames(args.input, metadata, args.output, known_ids)
+            frames = open_frames(args.input, args.output, known_ids)
+            draw = painter(metadata, video=not isinstance(frames, Images))
             files.callback(frames.close)
             if args.json and isinstance(frames, Images):
                 frames.check_ids()
@@ -106,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
                 try:
                     found = predictor(frame.image)["instances"].to("cpu")
                     if args.output:
-                        frames.draw(frame, found)
+                        frames.write(frame, draw(frame.image, found))
                 except Exception as error:  # of one image among thousands, whatever it is
                     frames.skip(frame.name, error)
                     continue

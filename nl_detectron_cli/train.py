@@ -13,12 +13,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from nl_detectron_cli.arguments import argument_parser, at_least
+from nl_detectron_cli.arguments import argument_parser, at_least, load_options
 from nl_detectron_cli.threads import let_threads_sleep
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
-    from torch import nn
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -40,10 +39,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def check(args: argparse.Namespace, cfg: CfgNode, model: nn.Module) -> None:
-    """Refuse a model without blocks whose health should be logged."""
+def check(args: argparse.Namespace, cfg: CfgNode) -> None:
+    """Refuse weights that are not the model's, and a model without blocks to log the health of."""
+    from nl_detectron.engine.coco.trainer import CocoTrainer
     from nl_detectron.non_local import find_blocks
 
+    model = CocoTrainer.rehearse(cfg, args.resume, **load_options(args))
     if args.health_period:
         find_blocks(model, "*")
 
@@ -54,19 +55,18 @@ def train(args: argparse.Namespace) -> Any:
     from detectron2.utils import comm
 
     from nl_detectron.analysis.health import BlockHealthHook
-    from nl_detectron.engine.checkpoint import StrictCheckpointer
-    from nl_detectron.engine.trainer import Trainer, load_options, setup
+    from nl_detectron.engine.coco.trainer import CocoTrainer, setup
 
     cfg = setup(args)
     if args.eval_only:
-        model = Trainer.build_model(cfg)
-        checkpointer = StrictCheckpointer(model, cfg.OUTPUT_DIR, **load_options(args))
+        model = CocoTrainer.build_model(cfg)
+        checkpointer = CocoTrainer.build_checkpointer(cfg, model, **load_options(args))
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        results = Trainer.test(cfg, model)
+        results = CocoTrainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
-    trainer = Trainer(cfg, **load_options(args))
+    trainer = CocoTrainer(cfg, **load_options(args))
     if args.health_period:
         trainer.register_hooks([BlockHealthHook(args.health_period, trainer.model)])
     trainer.resume_or_load(resume=args.resume)
@@ -77,6 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command."""
     args = parse_args(argv)
     let_threads_sleep()
+    from nl_detectron.engine.coco.trainer import read_config
     from nl_detectron.engine.launch import launch
 
-    launch(train, args, check)
+    launch(train, args, read_config, check)

@@ -25,8 +25,9 @@ ROOMS = {
     "weights": "dialects names blocks files convert report config_blocks",
     "analysis": "geometry drawing.colors drawing.canvas drawing.figures attention queries "
     "health cost detector_cost",
-    "engine": "console frames coco.flipping coco.files coco.metadata coco.data_sets "
-    "coco.evaluation coco.results checkpoint predictor trainer launch ablation",
+    "engine": "console frames checkpoint predictor trainer ablation launch "
+    "coco.flipping coco.files coco.metadata coco.data_sets coco.evaluation coco.results "
+    "coco.trainer",
 }
 ALLOWED = {"": []} | dict.fromkeys(("model_zoo", "weights", "analysis", "engine"), [""])
 

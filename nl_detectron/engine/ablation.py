@@ -1,8 +1,8 @@
-"""Do the blocks help? A detector and its stock twin, trained alike, and their scores compared.
+"""Do the blocks help? A model with and without them, trained alike, and their scores compared.
 
-Twins start with the same stock weights, see the same images with the same augmentations in the same
-order, and their blocks begin as the identity: so the losses of their first iteration are equal, to
-the last bit where the device is deterministic. Whatever differs later is the blocks' doing.
+Both start with the same weights and see the same images with the same augmentations in the same
+order, and new blocks are the identity: so the losses of the first iteration are equal, to the last
+bit where the device is deterministic. Whatever differs later is the blocks' doing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -21,68 +20,71 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from nl_detectron.config import without_blocks
-from nl_detectron.engine.trainer import Trainer
+from nl_detectron.engine.trainer import StrictTrainer
 
 LABELS = {"stock": "stock", "non_local": "non-local"}
-"""Names of the twins, and how to call them in tables and pictures."""
-TASK_LABELS = {"bbox": "box AP", "segm": "mask AP", "keypoints": "keypoint AP"}
+"""Names of the two models, and what tables and figures call them."""
 WINDOW = 20
-"""Iterations whose median a loss curve shows; detectron2's log shows the same."""
+"""Iterations whose median a loss curve shows, as detectron2's log does."""
 
 
-class TwinTrainer(Trainer):
-    """A trainer that starts as the trainer of the config's stock twin does."""
+class PairedTrainer(StrictTrainer):
+    """Trains one of two models that start alike; to be mixed into the trainer of a task."""
 
-    def __init__(self, cfg: CfgNode, **load_options: Any):
-        """See :class:`Trainer`.
+    without_blocks = staticmethod(without_blocks)
+
+    def __init__(self, cfg: CfgNode, **load_options: object):
+        """See :class:`StrictTrainer`.
 
         Raises:
-            ValueError: ``SEED`` is negative, which stands for a random one.
+            ValueError: ``SEED`` is negative, which asks for a random one.
         """
         if cfg.SEED < 0:
-            raise ValueError(f"SEED must be 0 or more, or twins would not be alike; got {cfg.SEED}")
+            raise ValueError(
+                f"SEED must be 0 or more, or the two models would not start alike; got {cfg.SEED}"
+            )
         super().__init__(cfg, **load_options)
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """The stock model, with the initial values that the stock twin's parameters have."""
-        _seed(cfg)  # of the blocks
+        """Build a model whose parameters outside of blocks start as they do without blocks."""
+        _seed(cfg)  # the blocks
         model = super().build_model(cfg)
-        _seed(cfg)  # of all the rest
-        stock = build_model(without_blocks(cfg))
-        model.load_state_dict(stock.state_dict(), strict=False)
+        _seed(cfg)  # all the rest
+        baseline = build_model(cls.without_blocks(cfg))
+        model.load_state_dict(baseline.state_dict(), strict=False)
         return model
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable:
-        """The stock loader; from here on both twins draw the same numbers."""
-        _seed(cfg)  # of the images' order, their augmentations, and what the losses sample
+        """Build the loader; from here on both models draw the same random numbers."""
+        _seed(cfg)  # the order of the images, their augmentations, and what the losses sample
         return super().build_train_loader(cfg)
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a training gave.
+    """The outcome of a training.
 
     Attributes:
-        ap: AP in percent by task, such as ``{"bbox": 39.0, "segm": 35.5}``; where there are several
-            test sets, by "test set/task".
+        scores: the trainer's metrics, by name: ``{"bbox/AP": 39.0, "segm/AP": 35.5}``, in percent;
+            with several test sets, by "test set/name".
         losses: by name, one value an iteration; "total_loss" is their sum. Empty in all processes
             but the main one.
     """
 
-    ap: dict[str, float]
+    scores: dict[str, float]
     losses: dict[str, list[float]]
 
 
-def train_twin(
-    cfg: CfgNode, trainer_class: type[TwinTrainer] = TwinTrainer, **load_options: Any
+def train_and_evaluate(
+    cfg: CfgNode, trainer_class: type[PairedTrainer], **load_options: object
 ) -> Run:
-    """Train and evaluate one twin; its config, log, checkpoints and results go to ``OUTPUT_DIR``.
+    """Train one of the two models; config, log, checkpoints and results go to ``OUTPUT_DIR``.
 
     Args:
-        cfg: a config with blocks, or its :func:`nl_detectron.config.without_blocks`.
-        trainer_class: may be replaced, for another optimizer for example.
+        cfg: with blocks, or without.
+        trainer_class: of the task.
         load_options: of :class:`nl_detectron.engine.checkpoint.StrictCheckpointer`.
     """
     if comm.is_main_process():
@@ -95,7 +97,11 @@ def train_twin(
     storage = trainer.storage
     latest = {name: value for name, (value, _) in storage.latest().items()}
     return Run(
-        ap={name[:-3]: value for name, value in latest.items() if name.endswith("/AP")},
+        scores={
+            name: value
+            for name, value in latest.items()
+            if f"/{name}".endswith(tuple(f"/{metric}" for metric in trainer_class.metrics))
+        },
         losses={
             name: [value for value, _ in history.values()]
             for name, history in storage.histories().items()
@@ -104,49 +110,50 @@ def train_twin(
     )
 
 
-def ap_table(results: Mapping[str, Mapping[str, float]]) -> str:
-    """Lay out AP, one row a twin and one column a task; below two rows, their difference.
+def score_table(scores: Mapping[str, Mapping[str, float]], metrics: Mapping[str, str]) -> str:
+    """Lay out scores, one row a model and one column a metric; below two rows, their difference.
 
     Args:
-        results: of each twin by its label, ``Run.ap``.
+        scores: of each model by its label, ``Run.scores``.
+        metrics: what to call them, as in :class:`StrictTrainer`.
     """
-    tasks = list(next(iter(results.values())))
-    labels = [_task_label(task) for task in tasks]
-    widths = [max(13, len(label) + 2) for label in labels]
-    lines = [" " * 12 + "".join(f"{label:>{n}}" for label, n in zip(labels, widths))]
-    rows = {twin: [ap[task] for task in tasks] for twin, ap in results.items()}
-    for twin, row in rows.items():
-        lines.append(f"{twin:<12}" + "".join(f"{ap:{n}.1f}" for ap, n in zip(row, widths)))
+    names = list(next(iter(scores.values())))
+    headings = [_heading(name, metrics) for name in names]
+    widths = [max(13, len(heading) + 2) for heading in headings]
+    lines = [" " * 12 + "".join(f"{heading:>{n}}" for heading, n in zip(headings, widths))]
+    rows = {label: [row[name] for name in names] for label, row in scores.items()}
+    for label, row in rows.items():
+        lines.append(f"{label:<12}" + "".join(f"{score:{n}.1f}" for score, n in zip(row, widths)))
     if len(rows) == 2:
         gains = [b - a for a, b in zip(*rows.values())]
-        cells = "".join(f"{gain:+{n}.1f}" for gain, n in zip(gains, widths))
-        lines.append(f"{'difference':<12}{cells}")
+        columns = "".join(f"{gain:+{n}.1f}" for gain, n in zip(gains, widths))
+        lines.append(f"{'difference':<12}{columns}")
     return "\n".join(lines)
 
 
 def draw_losses(path: Path, losses: Mapping[str, Sequence[float]]) -> None:
-    """Draw loss curves into one picture: each value, and the running median of some.
+    """Draw loss curves into one figure: each value, and their running median.
 
     Args:
         path: PNG file to write.
-        losses: of each twin by its label, the total loss of every iteration.
+        losses: of each model by its label, the total loss of every iteration.
     """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for index, (label, values) in enumerate(losses.items()):
-        colour = f"C{index}"
+        color = f"C{index}"
         medians = [np.median(values[max(0, i - WINDOW) : i]) for i in range(1, len(values) + 1)]
-        axes.plot(values, color=colour, alpha=0.2, linewidth=1)
-        axes.plot(medians, color=colour, label=label)
+        axes.plot(values, color=color, alpha=0.2, linewidth=1)
+        axes.plot(medians, color=color, label=label)
     axes.set(xlabel="iteration", ylabel=f"total loss (median of {WINDOW} iterations)")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
 
-def _task_label(name: str) -> str:
-    *test_set, task = name.rsplit("/", 1)
-    return " ".join([*test_set, TASK_LABELS[task]])
+def _heading(name: str, metrics: Mapping[str, str]) -> str:
+    metric = next(metric for metric in metrics if f"/{name}".endswith(f"/{metric}"))
+    return " ".join([*filter(None, [name.removesuffix(metric).rstrip("/")]), metrics[metric]])
 
 
 def _seed(cfg: CfgNode) -> None:

@@ -1,4 +1,4 @@
-"""Images, videos and webcams as one: frames to read, and pictures of what was found in them."""
+"""Images, videos and webcams alike: frames to read, and pictures of them to write."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from detectron2.data import Metadata
 from detectron2.data.detection_utils import read_image
-from detectron2.structures import Instances
-from detectron2.utils.video_visualizer import VideoVisualizer
-from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 from tqdm import tqdm
 
@@ -69,7 +65,6 @@ class Images(_Source):
     def __init__(
         self,
         path: Path,
-        metadata: Metadata | None = None,
         output: Path | None = None,
         known_ids: Mapping[Path, int] | None = None,
     ):
@@ -77,7 +72,6 @@ class Images(_Source):
 
         Args:
             path: file or folder.
-            metadata: names of classes and keypoints, for pictures.
             output: folder for pictures.
             known_ids: by file, the ids of images.
 
@@ -100,7 +94,7 @@ class Images(_Source):
             if output.resolve() == self._path.resolve():
                 raise ValueError(f"--output {output}: pictures there would replace what is read")
             make_folder(output)
-        self._metadata, self._output, self._known_ids = metadata, output, known_ids or {}
+        self._output, self._known_ids = output, known_ids or {}
         self._same_stem = Counter(file.stem for file in self._files)
 
     def __len__(self) -> int:
@@ -135,12 +129,10 @@ class Images(_Source):
         stem = Path(frame.name).stem
         return frame.name if self._same_stem[stem] > 1 else stem
 
-    def draw(self, frame: Frame, found: Instances) -> None:
-        """Write the picture of a frame."""
+    def write(self, frame: Frame, picture: np.ndarray) -> None:
+        """Write the picture of a frame, BGR."""
         assert self._output is not None
-        picture = Visualizer(frame.image[:, :, ::-1], self._metadata)
-        pixels = picture.draw_instance_predictions(found).get_image()
-        if not cv2.imwrite(str(self._output / frame.name), pixels[:, :, ::-1]):
+        if not cv2.imwrite(str(self._output / frame.name), picture):
             raise OSError(f"OpenCV cannot write {self._output / frame.name}")
 
     def close(self) -> None:
@@ -154,12 +146,11 @@ class Images(_Source):
 class Video(_Source):
     """A video, or a webcam ("webcam", "webcam:1"). A frame's id is its number, from 0."""
 
-    def __init__(self, source: str, metadata: Metadata, output: Path | None = None):
+    def __init__(self, source: str, output: Path | None = None):
         """Open it.
 
         Args:
             source: path of a video, "webcam", or "webcam:" and its number.
-            metadata: names of classes and keypoints, for pictures.
             output: .mp4 file for the pictures, or the folder for one.
 
         Raises:
@@ -184,7 +175,6 @@ class Video(_Source):
                 raise ValueError(f"--output {output}: the video there would replace what is read")
             make_folder(output.parent)
         self._output = output
-        self._visualizer = VideoVisualizer(metadata)
         self._writer: cv2.VideoWriter | None = None
 
     def __len__(self) -> int:
@@ -198,13 +188,11 @@ class Video(_Source):
                 return
             yield Frame(str(number), number, image)
 
-    def draw(self, frame: Frame, found: Instances) -> None:
-        """Add the picture of a frame to the video of pictures."""
-        picture = self._visualizer.draw_instance_predictions(frame.image[:, :, ::-1], found)
-        pixels = picture.get_image()[:, :, ::-1]
+    def write(self, frame: Frame, picture: np.ndarray) -> None:
+        """Add the picture of a frame, BGR, to the video of pictures."""
         if self._writer is None:
             fps = self._capture.get(cv2.CAP_PROP_FPS) or 25.0  # not every webcam tells
-            size = (pixels.shape[1], pixels.shape[0])
+            size = (picture.shape[1], picture.shape[0])
             codec = cv2.VideoWriter.fourcc(*"mp4v")
             self._writer = cv2.VideoWriter(str(self._output), codec, fps, size)
             if not self._writer.isOpened():
@@ -214,7 +202,7 @@ class Video(_Source):
                 f"do: ffmpeg -i {self._output} -pix_fmt yuv420p h264.mp4",
                 file=sys.stderr,
             )
-        self._writer.write(pixels)
+        self._writer.write(picture)
 
     def close(self) -> None:
         """Finish the video of pictures."""
@@ -225,15 +213,14 @@ class Video(_Source):
 
 def open_frames(
     source: str,
-    metadata: Metadata,
     output: Path | None = None,
     known_ids: Mapping[Path, int] | None = None,
 ) -> Images | Video:
     """Open what ``source`` names: an image, a folder of images, a video or a webcam."""
     path = Path(source)
     if path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES:
-        return Images(path, metadata, output, known_ids)
-    return Video(source, metadata, output)
+        return Images(path, output, known_ids)
+    return Video(source, output)
 
 
 def make_folder(path: Path) -> None:

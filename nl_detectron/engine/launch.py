@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -14,15 +13,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2 import engine
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
-from torch import nn
 
-from nl_detectron.engine.checkpoint import StrictCheckpointer
 from nl_detectron.engine.console import mistakes_in_one_sentence, quiet_detectron2
-from nl_detectron.engine.predictor import model_errors
-from nl_detectron.engine.trainer import load_options, read_config
 
 Main = Callable[[argparse.Namespace], Any]
 
@@ -30,7 +24,8 @@ Main = Callable[[argparse.Namespace], Any]
 def launch(
     main: Main,
     args: argparse.Namespace,
-    check: Callable[[argparse.Namespace, CfgNode, nn.Module], None] | None = None,
+    read_config: Callable[[argparse.Namespace], CfgNode],
+    check: Callable[[argparse.Namespace, CfgNode], None],
 ) -> None:
     """Run ``main(args)`` in as many processes as the arguments ask for, on GPUs or on the CPU.
 
@@ -39,19 +34,16 @@ def launch(
 
     Args:
         main: runs in every process.
-        args: arguments of tools/train_net.py.
-        check: raises ``ValueError`` where the config, or the model built from it, is of no use to
-            this tool.
+        args: from :func:`nl_detectron_cli.arguments.argument_parser`.
+        read_config: makes the config from them.
+        check: raises ``ValueError`` if ``main`` could do nothing with it.
     """
     with quiet_detectron2():
         with mistakes_in_one_sentence():
             cfg = read_config(args)
             processes = _number_of_processes(args, cfg)
             _check_output(cfg)
-            model = build_and_load(args, cfg)
-            if check:
-                check(args, cfg, model)
-            del model
+            check(args, cfg)
         world_size = processes * args.num_machines
         if world_size == 1:
             main(args)
@@ -99,26 +91,6 @@ def _check_output(cfg: CfgNode) -> None:
         raise ValueError(
             f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written to: {error.strerror}"
         ) from error
-
-
-def build_and_load(args: argparse.Namespace, cfg: CfgNode) -> nn.Module:
-    """Build a model and load its weights, as the training will, to see whether that works.
-
-    Raises:
-        ValueError: it does not.
-    """
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "cpu"
-    logging.disable(logging.WARNING)  # all of it will be said when it is done for good
-    try:
-        with model_errors():
-            model = build_model(cfg)
-        checkpointer = StrictCheckpointer(model, cfg.OUTPUT_DIR, **load_options(args))
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-    finally:
-        logging.disable(logging.NOTSET)
-    return model
 
 
 def share_cores(processes: int) -> None:

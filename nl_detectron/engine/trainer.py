@@ -1,9 +1,4 @@
-"""What the tools have in common: detectron2's engine, without its blind spots.
-
-Beyond the stock one: the device is chosen where CUDA is absent, several CPU processes train,
-``TEST.KEYPOINT_OKS_SIGMAS`` counts, a person's own COCO files come from the command line, and a
-checkpoint that would leave part of the network untrained is refused.
-"""
+"""detectron2's trainer without its blind spots; subclasses say what it must know of a task."""
 
 from __future__ import annotations
 
@@ -11,28 +6,31 @@ import argparse
 import functools
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from detectron2 import engine
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from torch import nn
 
-from nl_detectron.config import load_config
 from nl_detectron.engine.checkpoint import StrictCheckpointer
-from nl_detectron.engine.coco.data_sets import check_data_sets, describe_data, use_custom_data
-from nl_detectron.engine.coco.evaluation import Evaluator
-from nl_detectron.engine.coco.metadata import dataset_metadata, stored_metadata
+from nl_detectron.engine.predictor import model_errors
 
 logger = logging.getLogger("nl_detectron")
 
 
-class Trainer(engine.DefaultTrainer):
-    """``DefaultTrainer`` with a COCO evaluator and a strict checkpointer."""
+class StrictTrainer(engine.DefaultTrainer):
+    """``DefaultTrainer`` with a strict checkpointer, on GPUs or in several CPU processes.
+
+    Attributes:
+        metrics: results to compare models by, such as ``{"bbox/AP": "box AP"}``: their names in
+            metrics.json, and what tables call them.
+    """
+
+    metrics: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, cfg: CfgNode, **load_options: Any):
         """See ``DefaultTrainer``; options are those of :class:`StrictCheckpointer`."""
@@ -40,69 +38,61 @@ class Trainer(engine.DefaultTrainer):
         with _ddp_on(cfg.MODEL.DEVICE):
             super().__init__(cfg)
 
+    @classmethod
+    def backbone_prefix(cls, model: nn.Module) -> str:
+        """Return what the names of the parameters begin with that a pretrained backbone has."""
+        return ""
+
+    @classmethod
+    def model_metadata(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Return what is to be kept with the weights: lists, numbers and text, by name."""
+        return {}
+
+    @classmethod
+    def build_checkpointer(
+        cls, cfg: CfgNode, model: nn.Module, **options: Any
+    ) -> StrictCheckpointer:
+        """Build a checkpointer of a model; options are those of :class:`StrictCheckpointer`."""
+        prefix = cls.backbone_prefix(model)
+        return StrictCheckpointer(model, cfg.OUTPUT_DIR, backbone_prefix=prefix, **options)
+
     def build_hooks(self) -> list:
         """Stock hooks, in the last step of ``__init__`` and the first that needs a checkpointer."""
-        metadata = dataset_metadata(self.cfg.DATASETS.TRAIN[0])
-        if self.cfg.MODEL.KEYPOINT_ON and self.cfg.TEST.KEYPOINT_OKS_SIGMAS:
-            metadata["keypoint_oks_sigmas"] = list(self.cfg.TEST.KEYPOINT_OKS_SIGMAS)
-        self.checkpointer = StrictCheckpointer(
+        self.checkpointer = self.build_checkpointer(
+            self.cfg,
             self._trainer.model,
-            self.cfg.OUTPUT_DIR,
-            metadata=metadata,
+            metadata=self.model_metadata(self.cfg),
             trainer=weakref.proxy(self),
             **self.load_options,
         )
         return super().build_hooks()
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> Evaluator:
-        """COCO's scores."""
-        return Evaluator(cfg, dataset_name)
+    def rehearse(cls, cfg: CfgNode, resume: bool, **load_options: Any) -> nn.Module:
+        """Build the model and load its weights on the CPU, to see whether a training could start.
+
+        Raises:
+            ValueError: it could not.
+        """
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.DEVICE = "cpu"
+        logging.disable(logging.WARNING)  # the training will log all of it
+        try:
+            with model_errors():
+                model = cls.build_model(cfg)
+            checkpointer = cls.build_checkpointer(cfg, model, **load_options)
+            checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+        finally:
+            logging.disable(logging.NOTSET)
+        return model
 
 
-def read_config(args: argparse.Namespace) -> CfgNode:
-    """Build the config from the arguments of a tool, and register their data sets.
-
-    Raises:
-        FileNotFoundError: a file that is not there.
-        ValueError: anything else that is wrong with them.
-    """
-    cfg = load_config(args.config_file, args.opts)
-    use_custom_data(cfg, args)
-    weights, resuming = weights_to_load(cfg, args.resume)
-    if args.eval_only and not weights:
-        raise ValueError("--eval-only: MODEL.WEIGHTS is empty, so there is no model to evaluate")
-    known = stored_metadata(weights) if args.eval_only or resuming else {}
-    if not cfg.TEST.KEYPOINT_OKS_SIGMAS:
-        cfg.TEST.KEYPOINT_OKS_SIGMAS = known.get("keypoint_oks_sigmas", [])
-    check_data_sets(cfg, not args.eval_only, known)
-    cfg.freeze()
-    return cfg
-
-
-def setup(args: argparse.Namespace) -> CfgNode:
-    """Read the config, and set up logging and seeds as detectron2 does; in every process."""
-    cfg = read_config(args)
+def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Set up logging and seeds as detectron2 does, in every process."""
     engine.default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="nl_detectron")
     logger.info("Device: %s", cfg.MODEL.DEVICE)
-    for sentence in describe_data(cfg):
-        logger.info(sentence)
-    return cfg
-
-
-def load_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what arguments say about loading a checkpoint, for :class:`StrictCheckpointer`."""
-    options = {"allow_missing": args.allow_missing, "strip_blocks": args.strip_blocks}
-    return {**options, "complete": args.eval_only}
-
-
-def weights_to_load(cfg: CfgNode, resume: bool) -> tuple[str, bool]:
-    """Return the checkpoint that a run starts from, and whether it is resumed there."""
-    checkpointer = DetectionCheckpointer(torch.nn.Module(), cfg.OUTPUT_DIR)
-    if resume and checkpointer.has_checkpoint():
-        return checkpointer.get_checkpoint_file(), True
-    return cfg.MODEL.WEIGHTS, False
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Train a stock detector and its non-local twin where only a far look tells what an object is.
+"""Train a detector with and without non-local blocks where only a far look tells objects apart.
 
 Makes the data set, trains both on it alike, and prints their AP side by side.
 """
@@ -20,7 +20,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="for data, weights and order")
     parser.add_argument("--output", type=Path, default=Path("output/long_range"), help="folder")
     parser.add_argument("--budget", type=float, default=1.0, help="iterations, times the config's")
-    parser.add_argument("--only", choices=("stock", "non_local"), help="train one twin, not both")
+    parser.add_argument("--only", choices=("stock", "non_local"), help="train one of the two")
     parser.add_argument("--keypoints", action="store_true", help="which end of a bar is its head?")
     return parser.parse_args()
 
@@ -28,9 +28,9 @@ def parse_args() -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     from long_range.comparison import draw_figure
     from long_range.dataset import SPLIT_SIZES, register, write_dataset
-    from long_range.training import AdamWTrainer, twin_config
+    from long_range.training import AdamWTrainer, variant_config
 
-    from nl_detectron.engine.ablation import LABELS, ap_table, draw_losses, train_twin
+    from nl_detectron.engine.ablation import LABELS, draw_losses, score_table, train_and_evaluate
     from nl_detectron.engine.console import mistakes_in_one_sentence
 
     kind = "keypoints" if args.keypoints else "instances"
@@ -39,8 +39,10 @@ def main(args: argparse.Namespace) -> None:
     with mistakes_in_one_sentence():
         folder.mkdir(parents=True, exist_ok=True)
         configs = {
-            twin: twin_config(kind, twin, output=folder / twin, seed=args.seed, budget=args.budget)
-            for twin in ([args.only] if args.only else LABELS)
+            variant: variant_config(
+                kind, variant, output=folder / variant, seed=args.seed, budget=args.budget
+            )
+            for variant in ([args.only] if args.only else LABELS)
         }
     # detectron2 tells everything to this file, which leaves the terminal for the result.
     logging.basicConfig(filename=folder / "log.txt", level=logging.INFO)
@@ -52,20 +54,21 @@ def main(args: argparse.Namespace) -> None:
         register(data, kind, split)
 
     runs = {}
-    for number, (twin, cfg) in enumerate(configs.items(), start=1):
-        label = LABELS[twin]
-        print(f"{label} twin, training {number} of {len(configs)}", flush=True)
+    for number, (variant, cfg) in enumerate(configs.items(), start=1):
+        label = LABELS[variant]
+        print(f"{label}, training {number} of {len(configs)}", flush=True)
         start = time.monotonic()
-        runs[label] = train_twin(cfg, trainer_class=AdamWTrainer)
+        runs[label] = train_and_evaluate(cfg, AdamWTrainer)
         print(f"  done in {(time.monotonic() - start) / 60:.1f} min")
-    print("\n" + ap_table({label: run.ap for label, run in runs.items()}) + "\n", flush=True)
+    scores = {label: run.scores for label, run in runs.items()}
+    print("\n" + score_table(scores, AdamWTrainer.metrics) + "\n", flush=True)
 
     path = folder / "losses.png"
     draw_losses(path, {label: run.losses["total_loss"] for label, run in runs.items()})
     print(path)
     files = {
-        label: folder / twin / "inference" / "coco_instances_results.json"
-        for twin, label in LABELS.items()
+        label: folder / variant / "inference" / "coco_instances_results.json"
+        for variant, label in LABELS.items()
         if label in runs
     }
     for first in (0, 2, 4):

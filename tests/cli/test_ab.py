@@ -12,6 +12,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from nl_detectron.config import load_config
+from nl_detectron.engine.coco.trainer import read_config
 from nl_detectron.engine.launch import launch
 from nl_detectron_cli import ab
 from tests.running import QUICK, ROOT, TINY, custom_data_arguments, run
@@ -69,7 +70,7 @@ def test_no_blocks(custom_data, tmp_path):
     arguments = [*custom_data_arguments(custom_data, "train"), *arguments, "DATASETS.TEST", "()"]
     args = ab.parse_args([str(argument) for argument in arguments])
     with pytest.raises(SystemExit, match="Base-RCNN-FPN.yaml has no blocks to leave out"):
-        launch(ab.compare, args, ab.check)
+        launch(ab.compare, args, read_config, ab.check)
 
 
 @pytest.fixture
@@ -77,7 +78,9 @@ def launch_ab(custom_data, tmp_path):
     def launch_ab(*options, flags=(), main=None):
         words = ["--config-file", CONFIG, *custom_data_arguments(custom_data, "train", "test")]
         words += [*flags, "OUTPUT_DIR", tmp_path, *TINY, "TEST.EVAL_PERIOD", "0", *options]
-        launch(main or ab.compare, ab.parse_args([str(word) for word in words]), ab.check)
+        launch(
+            main or ab.compare, ab.parse_args([str(word) for word in words]), read_config, ab.check
+        )
 
     return launch_ab
 
@@ -94,11 +97,11 @@ def test_nothing_detected(launch_ab, tmp_path, capsys):
 
 
 def test_weights_with_trained_blocks(launch_ab, tmp_path):
-    """The stock twin would lose them, and be a network that no one has trained."""
+    """Without blocks it would be a network that no one has trained."""
     model = build_model(load_config(CONFIG, [*TINY, "MODEL.ROI_HEADS.NUM_CLASSES", "1"]))
     weights = tmp_path / "trained.pth"
     torch.save({"model": model.state_dict()}, weights)
-    with pytest.raises(SystemExit, match="holds non-local blocks .* --strip-blocks"):
+    with pytest.raises(SystemExit, match="holds non-local blocks .*--strip-blocks"):
         launch_ab("MODEL.WEIGHTS", weights)
     began = []
     launch_ab("MODEL.WEIGHTS", weights, flags=["--strip-blocks"], main=began.append)
@@ -109,4 +112,4 @@ def test_weights_with_trained_blocks(launch_ab, tmp_path):
 def test_options_without_a_meaning(option, capsys):
     with pytest.raises(SystemExit):
         ab.parse_args(["--config-file", str(CONFIG), option])
-    assert "both twins are trained from the start" in capsys.readouterr().err
+    assert "both models are trained from the start" in capsys.readouterr().err

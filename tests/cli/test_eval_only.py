@@ -11,6 +11,7 @@ from detectron2.modeling import build_model
 
 from nl_detectron.config import load_config
 from nl_detectron.engine.coco.metadata import dataset_metadata
+from nl_detectron.engine.coco.trainer import read_config
 from nl_detectron.engine.launch import launch
 from nl_detectron_cli import train
 from tests.running import QUICK, TINY, custom_data_arguments
@@ -37,7 +38,7 @@ def evaluate(custom_data, custom_data_name, state, tmp_path):
         words += ["MODEL.WEIGHTS", tmp_path / "model.pth", *TINY, *options]
         args = train.parse_args([str(word) for word in words])
         results = []
-        launch(lambda args: results.append(train.train(args)), args, train.check)
+        launch(lambda args: results.append(train.train(args)), args, read_config, train.check)
         return results[0]
 
     return evaluate
@@ -62,7 +63,7 @@ def test_nothing_detected(evaluate):
         (
             "",
             {"keep": "backbone.bottom_up"},
-            "weights .*model.pth: .* It holds no more than a backbone",
+            "weights .*model.pth: .* A backbone alone is not enough",
         ),
         (
             f"{PLACE} (-1,)",

@@ -20,8 +20,8 @@ from pycocotools.coco import COCO
 from nl_detectron.config import load_config
 from nl_detectron.engine.coco.data_sets import take_numbers
 from nl_detectron.engine.coco.files import register_coco_files
+from nl_detectron.engine.coco.trainer import CocoTrainer
 from nl_detectron.engine.predictor import Predictor
-from nl_detectron.engine.trainer import Trainer
 from nl_detectron_cli.predict import main
 from tests.running import QUICK, TINY, forget_custom_data
 
@@ -84,7 +84,7 @@ def test_folder_as_evaluated(predict, images, custom_data, weights, tmp_path, ca
     cfg.DATASETS.TEST = ("custom_test",)
     take_numbers(cfg, "custom_test")
     model = Predictor(cfg, str(weights)).model
-    Trainer.test(cfg, model)
+    CocoTrainer.test(cfg, model)
     found = read(tmp_path / "new/found.json")
     assert found == read(tmp_path / "inference/coco_instances_results.json")
     assert {a["image_id"] for a in found} == {1, 2, 3, 4}

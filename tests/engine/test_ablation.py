@@ -1,4 +1,4 @@
-"""Twins: nothing but the blocks tells their trainings apart."""
+"""With and without blocks: nothing else tells the two trainings apart."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from detectron2.utils.env import seed_all_rng
 from matplotlib.image import imread
 
 from nl_detectron.config import load_config, without_blocks
-from nl_detectron.engine.ablation import TwinTrainer, ap_table, draw_losses, train_twin
+from nl_detectron.engine.ablation import draw_losses, score_table, train_and_evaluate
+from nl_detectron.engine.coco.trainer import CocoTrainer, PairedCocoTrainer
 from tests.running import QUICK, TINY
 
 
-class RecordingTrainer(TwinTrainer):
+class RecordingTrainer(PairedCocoTrainer):
     """Keeps what the model is trained on; draws more random numbers for a larger model."""
 
     @classmethod
@@ -52,11 +53,11 @@ def nl_cfg(custom_data_name, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_only_the_blocks_tell_twins_apart(workers, nl_cfg, tmp_path):
+def test_only_the_blocks_tell_the_models_apart(workers, nl_cfg, tmp_path):
     nl_cfg.DATALOADER.NUM_WORKERS = workers
     runs, seen = [], []
     for cfg in (without_blocks(nl_cfg), nl_cfg):
-        runs.append(train_twin(cfg, trainer_class=RecordingTrainer))
+        runs.append(train_and_evaluate(cfg, RecordingTrainer))
         seen.append(RecordingTrainer.seen)
 
     for (name, image), (other_name, other_image) in zip(*seen):
@@ -73,7 +74,7 @@ def test_only_the_blocks_tell_twins_apart(workers, nl_cfg, tmp_path):
         assert first == non_local[name][0], name
         assert len(later) == 3
         assert later != non_local[name][1:], name
-    assert set(runs[0].ap) == set(runs[1].ap) == {"bbox", "keypoints"}
+    assert set(runs[0].scores) == set(runs[1].scores) == {"bbox/AP", "keypoints/AP"}
 
     written = load_config(tmp_path / "config.yaml")
     assert written.MODEL.ROI_KEYPOINT_HEAD.NAME == "NonLocalKeypointHead"
@@ -85,7 +86,7 @@ def test_only_the_blocks_tell_twins_apart(workers, nl_cfg, tmp_path):
 def test_starts_as_stock_detectron2_does(nl_cfg):
     seed_all_rng(nl_cfg.SEED)
     stock = build_model(without_blocks(nl_cfg)).state_dict()
-    first, second = (TwinTrainer.build_model(nl_cfg).state_dict() for _ in range(2))
+    first, second = (PairedCocoTrainer.build_model(nl_cfg).state_dict() for _ in range(2))
     blocks = {name for name in first if ".non_local" in name}
     assert first.keys() - blocks == stock.keys()
     for name, value in stock.items():
@@ -97,21 +98,21 @@ def test_starts_as_stock_detectron2_does(nl_cfg):
 def test_random_seed_is_refused(nl_cfg):
     nl_cfg.SEED = -1
     with pytest.raises(ValueError, match="SEED must be 0 or more.* got -1"):
-        TwinTrainer(nl_cfg)
+        PairedCocoTrainer(nl_cfg)
 
 
 def test_table():
     results = {
-        "stock": {"a/bbox": 33.04, "a/segm": 36.0, "long_name/keypoints": float("nan")},
-        "non-local": {"a/bbox": 32.0, "a/segm": 89.66, "long_name/keypoints": 2.0},
+        "stock": {"a/bbox/AP": 33.04, "a/segm/AP": 36.0, "long_name/keypoints/AP": float("nan")},
+        "non-local": {"a/bbox/AP": 32.0, "a/segm/AP": 89.66, "long_name/keypoints/AP": 2.0},
     }
-    assert ap_table(results) == (
+    assert score_table(results, CocoTrainer.metrics) == (
         "                 a box AP    a mask AP  long_name keypoint AP\n"
         "stock                33.0         36.0                    nan\n"
         "non-local            32.0         89.7                    2.0\n"
         "difference           -1.0        +53.7                   +nan"
     )
-    assert len(ap_table({"stock": {"bbox": 1.0}}).splitlines()) == 2
+    assert len(score_table({"stock": {"bbox/AP": 1.0}}, CocoTrainer.metrics).splitlines()) == 2
 
 
 def test_picture(tmp_path):

@@ -7,9 +7,6 @@ import time
 import cv2
 import numpy as np
 import pytest
-import torch
-from detectron2.data import Metadata
-from detectron2.structures import Instances
 from PIL import Image
 
 from nl_detectron.engine.frames import Images, make_folder, open_frames, report_done
@@ -137,28 +134,28 @@ class TestOutput:
     def test_images_need_a_folder(self, folder, name):
         for source in (folder, folder / "b.png"):
             with pytest.raises(ValueError, match=f"{name}: pictures of images need a folder"):
-                open_frames(str(source), Metadata(), folder / name)
+                open_frames(str(source), folder / name)
         assert not (folder / name).exists()
         (folder / name).mkdir()
-        open_frames(str(folder), Metadata(), folder / name)
+        open_frames(str(folder), folder / name)
 
     def test_what_is_read_is_not_replaced(self, folder, video):
         with pytest.raises(ValueError, match="pictures there would replace what is read"):
             Images(folder / "b.png", output=folder / "x" / "..")
         video = video.rename(video.with_suffix(".mp4"))
         with pytest.raises(ValueError, match="the video there would replace what is read"):
-            open_frames(str(video), Metadata(), video)
+            open_frames(str(video), video)
         with pytest.raises(ValueError, match="the video there would replace what is read"):
-            open_frames(str(video), Metadata(), video.parent)
+            open_frames(str(video), video.parent)
 
     @pytest.mark.parametrize(
         ("output", "file"),
         [("new.mp4", "new.mp4"), ("x/new.MP4", "x/new.MP4"), ("y", "y/clip.mp4")],
     )
     def test_video(self, video, output, file, capsys):
-        frames = open_frames(str(video), Metadata(), video.parent / output)
+        frames = open_frames(str(video), video.parent / output)
         for frame in frames:
-            frames.draw(frame, Instances((64, 96), scores=torch.zeros(0)))
+            frames.write(frame, frame.image)
         frames.close()
         drawn = cv2.VideoCapture(str(video.parent / file))
         assert drawn.read()[1].shape == (64, 96, 3)
@@ -168,14 +165,14 @@ class TestOutput:
 
     def test_other_videos(self, video):
         with pytest.raises(ValueError, match="out.mov: videos are written as .mp4 alone"):
-            open_frames(str(video), Metadata(), video.parent / "out.mov")
+            open_frames(str(video), video.parent / "out.mov")
 
     def test_picture_that_cannot_be_written(self, folder):
         images = Images(folder / "b.png", output=folder / "out")
         (frame,) = images
         (folder / "out").rmdir()
         with pytest.raises(OSError, match=r"cannot write .*out.b\.png"):
-            images.draw(frame, Instances((37, 53)))
+            images.write(frame, frame.image)
 
     def test_folder_that_cannot_be_made(self, folder):
         with pytest.raises(OSError, match=r"folder .*notes.txt cannot be made: File exists"):

@@ -17,9 +17,9 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import build_model
 
 from nl_detectron.config import load_config
+from nl_detectron.engine.coco.trainer import CocoTrainer, read_config
 from nl_detectron.engine.console import mistakes_in_one_sentence, quiet_detectron2
 from nl_detectron.engine.launch import launch, share_cores
-from nl_detectron.engine.trainer import Trainer
 from nl_detectron_cli import train
 from tests.running import QUICK, ROOT, TINY, custom_data_arguments
 
@@ -49,7 +49,7 @@ class TestMistakes:
 
     def refuse(self, arguments, message, capfd):
         with pytest.raises(SystemExit) as exit:
-            launch(fail, train.parse_args(arguments), train.check)
+            launch(fail, train.parse_args(arguments), read_config, train.check)
         assert re.search(message, exit.value.code), exit.value.code
         assert len(exit.value.code.splitlines()) == 1
         assert capfd.readouterr() == ("", "")
@@ -116,7 +116,7 @@ class TestMistakes:
         cfg = load_config(CONFIG, [*SMALL, "MODEL.RESNETS.DEPTH", 34])
         torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "r34.pth")
         weights = ["MODEL.WEIGHTS", str(tmp_path / "r34.pth")]
-        message = "weights .*r34.pth: the checkpoint holds residual blocks .*another depth"
+        message = "weights .*r34.pth: the checkpoint holds layers .*another depth"
         self.refuse([*arguments, *weights], message, capfd)
 
     def test_what_the_checkpointer_warns_of_is_for_the_training_to_say(
@@ -127,7 +127,7 @@ class TestMistakes:
         arguments += ["MODEL.WEIGHTS", str(tmp_path / "stock.pth")]
         caplog.set_level("INFO", logger="fvcore")
         began = []
-        launch(began.append, train.parse_args(arguments))
+        launch(began.append, train.parse_args(arguments), read_config, train.check)
         assert began
         assert not caplog.records
 
@@ -152,7 +152,7 @@ class TestProcesses:
         count = "import torch; print(torch.get_num_threads())"
         alone = subprocess.run([sys.executable, "-c", count], capture_output=True, check=True)
         arguments = ["--num-processes", "2", "--dist-url", "auto", *arguments]
-        launch(write_threads, train.parse_args(arguments))
+        launch(write_threads, train.parse_args(arguments), read_config, train.check)
         written = {path.name: path.read_text() for path in (tmp_path / "out").glob("rank*")}
         half = str(max(1, int(alone.stdout) // 2))
         assert written == {"rank0": half, "rank1": half}
@@ -173,7 +173,7 @@ class TestProcesses:
         small_cfg.DATASETS.TRAIN = (custom_data_name,)
         small_cfg.MODEL.KEYPOINT_ON = False
         small_cfg.DATALOADER.NUM_WORKERS = 0
-        Trainer(small_cfg)
+        CocoTrainer(small_cfg)
         assert engine.defaults.create_ddp_model is stock
 
 

@@ -45,7 +45,7 @@ class TestBuildPredictor:
         state = Predictor(nl_cfg, "").model.state_dict()
         path = str(tmp_path / "model.pth")
         for kept, message in {
-            "backbone.bottom_up": "lacks .* It holds no more than a backbone",
+            "backbone.bottom_up": "lacks .* A backbone alone is not enough",
             "roi_heads": "lacks .* Is it of another depth",
         }.items():
             torch.save({"model": {k: v for k, v in state.items() if k.startswith(kept)}}, path)

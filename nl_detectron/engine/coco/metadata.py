@@ -5,17 +5,14 @@ detectron2 knows them by the name of a data set, and a new process does not know
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import Metadata, MetadataCatalog
-from detectron2.utils.file_io import PathManager
 
-FILE_NAME = "metadata.json"
+from nl_detectron.engine.checkpoint import stored_metadata
+
 _KEYS = (
     "thing_classes",
     "keypoint_names",
@@ -40,28 +37,6 @@ def dataset_metadata(name: str) -> dict[str, Any]:
     if class_of_id:
         known["category_ids"] = sorted(class_of_id, key=class_of_id.get)
     return known
-
-
-def stored_metadata(weights: str) -> dict[str, Any]:
-    """Return what was stored with a checkpoint: in it, or else in the file beside it.
-
-    Args:
-        weights: checkpoint; only ``.pth`` files can hold metadata.
-
-    Returns:
-        As :func:`dataset_metadata`; empty if nothing was stored.
-    """
-    if not weights.endswith(".pth"):
-        return {}
-    try:
-        path = PathManager.get_local_path(weights)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # whoever loads the weights tells what is wrong with the file
-        return {}
-    beside = Path(path).with_name(FILE_NAME)
-    if "metadata" in checkpoint:
-        return checkpoint["metadata"]
-    return json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
 
 
 def model_metadata(cfg: CfgNode, weights: str | None = None) -> Metadata:
@@ -121,13 +96,6 @@ def check_names(
                     f"the {what} of {where} are not the model's: number {i} is {other!r} there, "
                     f"{own!r} in the model"
                 )
-
-
-def write_metadata(folder: str, metadata: Mapping[str, Any]) -> None:
-    """Write metadata beside checkpoints, for people and for other programs."""
-    text = json.dumps(metadata, indent=1, ensure_ascii=False)
-    with PathManager.open(str(Path(folder) / FILE_NAME), "w") as file:
-        file.write(text)
 
 
 def _named_parts(cfg: CfgNode) -> list[tuple[str, str, int]]:

@@ -1,14 +1,18 @@
-"""Detections in COCO's results format, in a file that is valid whenever the program ends."""
+"""What a detector found: drawn, and in a file of COCO's results format."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
 from detectron2.data import Metadata
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
+from detectron2.utils.video_visualizer import VideoVisualizer
+from detectron2.utils.visualizer import Visualizer
 
 
 class ResultsFile:
@@ -56,3 +60,23 @@ class ResultsFile:
             # One write replaces the bracket at the end, so there is no moment without one.
             self._file.seek(-1, 2)
             self._file.write(f"{'' if first else ','}\n{text}\n]".encode())
+
+
+def painter(metadata: Metadata, video: bool) -> Callable[[np.ndarray, Instances], np.ndarray]:
+    """Return a function that draws detections over an image, BGR.
+
+    Args:
+        metadata: names of classes and keypoints.
+        video: whether images are frames of one, in which an object keeps its color.
+    """
+    tracker = VideoVisualizer(metadata)
+
+    def draw(image: np.ndarray, found: Instances) -> np.ndarray:
+        rgb = image[:, :, ::-1]
+        if video:
+            picture = tracker.draw_instance_predictions(rgb, found)
+        else:
+            picture = Visualizer(rgb, metadata).draw_instance_predictions(found)
+        return picture.get_image()[:, :, ::-1]
+
+    return draw

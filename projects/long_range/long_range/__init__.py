@@ -1,1 +1,1 @@
-"""A data set in which what an object is depends on something far away, and twins to train on it."""
+"""A data set in which an object's class depends on something far away, and models for it."""

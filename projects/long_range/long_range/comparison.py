@@ -1,4 +1,4 @@
-"""Figures of what the twins predict, drawn from the files that COCOEvaluator writes."""
+"""Figures of what the models predict, drawn from the files that COCOEvaluator writes."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _HALO = [patheffects.withStroke(linewidth=2, foreground="white")]
 def draw_figure(
     path: Path, data: Path, predictions: Mapping[str, Path], image_ids: Sequence[int]
 ) -> None:
-    """Draws pictures side by side, and below each one the truth and what the twins say.
+    """Draws pictures side by side, and below each one the ground truth and what the models find.
 
     Args:
         path: PNG file to write.
         data: folder of the data set.
-        predictions: label of a twin to its ``coco_instances_results.json``.
+        predictions: label of a model to its ``coco_instances_results.json``.
         image_ids: one column for each.
     """
     with contextlib.redirect_stdout(io.StringIO()):

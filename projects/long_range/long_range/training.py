@@ -1,4 +1,4 @@
-"""How the demo trains its twins: their configs, their optimizer, and a line of progress."""
+"""How the demo trains: configs with and without blocks, the optimizer, and a line of progress."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from detectron2.solver.build import get_default_optimizer_params
 from detectron2.utils.events import EventWriter, get_event_storage
 
 from nl_detectron.config import load_config, without_blocks
-from nl_detectron.engine.ablation import LABELS, TwinTrainer
+from nl_detectron.engine.ablation import LABELS
+from nl_detectron.engine.coco.trainer import PairedCocoTrainer
 
 from .dataset import check_choice
 
@@ -21,12 +22,14 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 CONFIG_NAMES = {"instances": "mask_rcnn_R_50_FPN_NL", "keypoints": "keypoint_rcnn_R_50_FPN_NL"}
 
 
-def twin_config(kind: str, twin: str, *, output: Path, seed: int, budget: float = 1.0) -> CfgNode:
-    """Reads the config of a twin.
+def variant_config(
+    kind: str, variant: str, *, output: Path, seed: int, budget: float = 1.0
+) -> CfgNode:
+    """Reads the config of one of the two models.
 
     Args:
         kind: a key of `CONFIG_NAMES`.
-        twin: a key of `LABELS`.
+        variant: a key of `LABELS`.
         output: folder for checkpoints, metrics and predictions.
         seed: for the initial weights and the order of the pictures.
         budget: iterations, as a multiple of what the config says.
@@ -35,12 +38,12 @@ def twin_config(kind: str, twin: str, *, output: Path, seed: int, budget: float 
         The config.
 
     Raises:
-        ValueError: unknown ``kind`` or ``twin``, or a budget of less than one iteration.
+        ValueError: unknown ``kind`` or ``variant``, or a budget of less than one iteration.
     """
     check_choice("kind", kind, CONFIG_NAMES)
-    check_choice("twin", twin, LABELS)
+    check_choice("variant", variant, LABELS)
     cfg = load_config(CONFIGS / f"{CONFIG_NAMES[kind]}.yaml")
-    if twin == "stock":
+    if variant == "stock":
         cfg = without_blocks(cfg)
     cfg.SOLVER.MAX_ITER = round(cfg.SOLVER.MAX_ITER * budget)
     if cfg.SOLVER.MAX_ITER < 1:
@@ -51,8 +54,8 @@ def twin_config(kind: str, twin: str, *, output: Path, seed: int, budget: float 
     return cfg
 
 
-class AdamWTrainer(TwinTrainer):
-    """Trains twins with AdamW, which from random weights needs far fewer steps than SGD."""
+class AdamWTrainer(PairedCocoTrainer):
+    """Trains with AdamW, which from random weights needs far fewer steps than SGD."""
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:

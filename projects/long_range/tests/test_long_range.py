@@ -19,7 +19,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from nl_detectron.config import load_config
-from nl_detectron.engine.ablation import LABELS, train_twin
+from nl_detectron.engine.ablation import LABELS, train_and_evaluate
 
 SIZE = 7
 
@@ -145,16 +145,16 @@ def test_bad_arguments_are_named(tmp_path):
         write_dataset(tmp_path, "instances", "val", seed=0, size=0)
     with pytest.raises(ValueError, match="seed .* got -1"):
         write_dataset(tmp_path, "instances", "val", seed=-1, size=1)
-    with pytest.raises(ValueError, match="twin must be one of .*'nl'"):
-        training.twin_config("instances", "nl", output=tmp_path, seed=0)
+    with pytest.raises(ValueError, match="variant must be one of .*'nl'"):
+        training.variant_config("instances", "nl", output=tmp_path, seed=0)
     with pytest.raises(ValueError, match="budget .* got 0"):
-        training.twin_config("instances", "stock", output=tmp_path, seed=0, budget=0)
+        training.variant_config("instances", "stock", output=tmp_path, seed=0, budget=0)
 
 
-def awake_model(kind, twin, tmp_path):
+def awake_model(kind, variant, tmp_path):
     """A model in test mode whose non-local blocks, if any, are no longer the identity."""
     torch.manual_seed(0)
-    model = build_model(training.twin_config(kind, twin, output=tmp_path, seed=0)).eval()
+    model = build_model(training.variant_config(kind, variant, output=tmp_path, seed=0)).eval()
     for name, parameter in model.named_parameters():
         if "non_local" in name and "conv_out.weight" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -230,9 +230,9 @@ def test_reach_of_the_stock_heads_ends_before_the_beacon(kind, tmp_path):
 def test_without_blocks_is_the_config_without_the_block(kind, tmp_path):
     name = training.CONFIG_NAMES[kind].removesuffix("_NL")
     written = load_config(training.CONFIGS / f"{name}.yaml")
-    twin = training.twin_config(kind, "stock", output=tmp_path, seed=0)
-    assert {**twin.MODEL} == {**written.MODEL}
-    assert {**twin.INPUT} == {**written.INPUT}
+    variant = training.variant_config(kind, "stock", output=tmp_path, seed=0)
+    assert {**variant.MODEL} == {**written.MODEL}
+    assert {**variant.INPUT} == {**written.INPUT}
 
 
 @pytest.fixture
@@ -243,17 +243,17 @@ def registered(folders):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_twins_start_alike(kind, tmp_path, registered):
+def test_both_start_alike(kind, tmp_path, registered):
     starts = {}
-    for twin in LABELS:
+    for variant in LABELS:
         trainer = training.AdamWTrainer(
-            training.twin_config(kind, twin, output=tmp_path, seed=5, budget=0.01)
+            training.variant_config(kind, variant, output=tmp_path, seed=5, budget=0.01)
         )
         weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
         with EventStorage() as storage:
             trainer.iter = 0
             trainer.run_step()
-            starts[twin] = weights, storage.latest()["total_loss"]
+            starts[variant] = weights, storage.latest()["total_loss"]
     (stock, stock_loss), (non_local, non_local_loss) = starts.values()
     extra = set(non_local) - set(stock)
     assert len(extra) == 8
@@ -267,11 +267,14 @@ def test_twins_start_alike(kind, tmp_path, registered):
 @pytest.mark.parametrize("kind", KINDS)
 def test_short_training_is_evaluated_and_drawn(kind, tmp_path, registered, folders):
     files = {}
-    for twin in LABELS:
-        cfg = training.twin_config(kind, twin, output=tmp_path / twin, seed=0, budget=0.1)
-        run = train_twin(cfg, trainer_class=training.AdamWTrainer)
-        files[twin] = tmp_path / twin / "inference" / "coco_instances_results.json"
-        assert set(run.ap) == {"bbox", "segm" if kind == "instances" else "keypoints"}
+    for variant in LABELS:
+        cfg = training.variant_config(kind, variant, output=tmp_path / variant, seed=0, budget=0.1)
+        run = train_and_evaluate(cfg, training.AdamWTrainer)
+        files[variant] = tmp_path / variant / "inference" / "coco_instances_results.json"
+        assert set(run.scores) == {
+            "bbox/AP",
+            f"{'segm' if kind == 'instances' else 'keypoints'}/AP",
+        }
         assert run.losses["total_loss"][-1] < run.losses["total_loss"][0]
     draw_figure(tmp_path / "figure.png", folders[kind], files, (0, 1))
     assert (tmp_path / "figure.png").stat().st_size > 10_000

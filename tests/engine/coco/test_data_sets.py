@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from nl_detectron.engine.coco.data_sets import describe_data
-from nl_detectron.engine.trainer import read_config
+from nl_detectron.engine.coco.trainer import read_config
 from nl_detectron_cli import train
 from tests.running import QUICK
 

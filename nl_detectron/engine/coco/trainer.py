@@ -1,0 +1,79 @@
+"""Training of detectors on COCO-format data, and the config of a run from its arguments."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.modeling.backbone import FPN
+from torch import nn
+
+from nl_detectron.config import load_config
+from nl_detectron.engine.ablation import PairedTrainer
+from nl_detectron.engine.checkpoint import checkpoint_to_load, stored_metadata
+from nl_detectron.engine.coco.data_sets import check_data_sets, describe_data, use_custom_data
+from nl_detectron.engine.coco.evaluation import Evaluator
+from nl_detectron.engine.coco.metadata import dataset_metadata
+from nl_detectron.engine.trainer import StrictTrainer, start_run
+
+logger = logging.getLogger("nl_detectron")
+
+
+class CocoTrainer(StrictTrainer):
+    """Trains detectors; COCO's AP is their score."""
+
+    metrics = {"bbox/AP": "box AP", "segm/AP": "mask AP", "keypoints/AP": "keypoint AP"}
+
+    @classmethod
+    def backbone_prefix(cls, model: nn.Module) -> str:
+        """Return the prefix of the ResNet, without the FPN."""
+        backbone = getattr(model, "backbone", None)
+        return "backbone.bottom_up." if isinstance(backbone, FPN) else "backbone."
+
+    @classmethod
+    def model_metadata(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Return the names of classes and keypoints."""
+        metadata = dataset_metadata(cfg.DATASETS.TRAIN[0])
+        if cfg.MODEL.KEYPOINT_ON and cfg.TEST.KEYPOINT_OKS_SIGMAS:
+            metadata["keypoint_oks_sigmas"] = list(cfg.TEST.KEYPOINT_OKS_SIGMAS)
+        return metadata
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> Evaluator:
+        """COCO's scores."""
+        return Evaluator(cfg, dataset_name)
+
+
+class PairedCocoTrainer(PairedTrainer, CocoTrainer):
+    """Trains one of two detectors that start alike, with and without non-local blocks."""
+
+
+def read_config(args: argparse.Namespace) -> CfgNode:
+    """Build the config from the arguments of a command, and register their data sets.
+
+    Raises:
+        FileNotFoundError: a file that is not there.
+        ValueError: anything else that is wrong with them.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    use_custom_data(cfg, args)
+    weights, resuming = checkpoint_to_load(cfg, args.resume)
+    if args.eval_only and not weights:
+        raise ValueError("--eval-only: MODEL.WEIGHTS is empty, so there is no model to evaluate")
+    known = stored_metadata(weights) if args.eval_only or resuming else {}
+    if not cfg.TEST.KEYPOINT_OKS_SIGMAS:
+        cfg.TEST.KEYPOINT_OKS_SIGMAS = known.get("keypoint_oks_sigmas", [])
+    check_data_sets(cfg, not args.eval_only, known)
+    cfg.freeze()
+    return cfg
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """Read the config, and start a run with it; in every process."""
+    cfg = read_config(args)
+    start_run(cfg, args)
+    for sentence in describe_data(cfg):
+        logger.info(sentence)
+    return cfg
