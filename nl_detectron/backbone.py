@@ -14,6 +14,7 @@ from detectron2.modeling.backbone.fpn import (
     build_retinanet_resnet_fpn_backbone,
 )
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from nl_detectron.config import backbone_options
 from nl_detectron.non_local import NonLocalBlock, insert_after
@@ -24,19 +25,20 @@ def insert_non_local_blocks(
 ) -> None:
     """Insert non-local blocks into the stages of a ResNet-like backbone, in place.
 
-    A block after residual block ``i`` becomes the child ``non_local{i}`` of the stage, behind its
-    child ``i``. No stock child is renamed, so stock checkpoints keep loading. A block in a stage
-    that is frozen already, by ``freeze_at`` for one, trains all the same.
+    A block after residual block ``i`` becomes the child ``non_local{i}`` of the stage, next to its
+    child ``i``. No stock child is renamed, so stock checkpoints still load. A block inserted into a
+    stage that is already frozen, by ``freeze_at`` for example, is trained.
 
     Args:
         resnet: a detectron2 ``ResNet``, or any backbone whose stages run their children in order,
-            each a ``CNNBlockBase`` (``RegNet``, for one).
-        after_blocks: stage name, such as "res4", to the indices of its residual blocks to insert
+            each a ``CNNBlockBase`` (``RegNet``, for example).
+        after_blocks: stage name, such as "res4", to the indices of the residual blocks to insert
             after; 0-based, negative ones count from the end.
         block_options: arguments of :class:`~nl_detectron.NonLocalBlock`, the same for all blocks.
 
     Raises:
-        ValueError: a stage that is not built, an index out of range or given twice.
+        ValueError: a stage that is not built, an index that is out of range or given twice, or a
+            ``dim`` that is not that of the stage's convolutions.
     """
     places = [
         place
@@ -44,6 +46,8 @@ def insert_non_local_blocks(
         if len(indices)
         for place in _places(resnet, stage_name, indices)
     ]
+    for stage, _, name in places:
+        _check_dim(stage.get_submodule(name), block_options.get("dim", 2))
     for stage, i, name in places:
         residual_block: Any = stage.get_submodule(name)
         block = NonLocalBlock(residual_block.out_channels, **block_options)
@@ -53,7 +57,7 @@ def insert_non_local_blocks(
 class NonLocalResNet(ResNet):
     """detectron2's ResNet with non-local blocks.
 
-    In a LazyConfig, put it in the place of ``ResNet``: ``bottom_up._target_ = NonLocalResNet``.
+    In a LazyConfig, it replaces ``ResNet``: ``bottom_up._target_ = NonLocalResNet``.
     """
 
     def __init__(
@@ -102,7 +106,7 @@ def build_non_local_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: Sha
 def _places(
     resnet: nn.Module, stage_name: str, indices: Sequence[int]
 ) -> list[tuple[nn.Module, int, str]]:
-    """Check the indices; return the stage, and the index and child name of each block named."""
+    """Check the indices; return for each the stage, the index from 0, and the child's name."""
     where = f"after_blocks {stage_name!r} (config key AFTER_BLOCKS.{stage_name.upper()})"
     built = [name for name, child in resnet.named_children() if _residual_blocks(child)]
     if stage_name not in built:
@@ -125,6 +129,15 @@ def _places(
             f"{where}: more than one non-local block after block {taken[0]}, got {indices}"
         )
     return [(stage, i, names[i]) for i in positions]
+
+
+def _check_dim(residual_block: nn.Module, dim: int) -> None:
+    dims = {len(m.kernel_size) for m in residual_block.modules() if isinstance(m, _ConvNd)}
+    if dims and dim not in dims:
+        raise ValueError(
+            f"dim (config key MODEL.NON_LOCAL.DIM) must be {' or '.join(map(str, sorted(dims)))}, "
+            f"as the convolutions of the backbone are, got {dim!r}"
+        )
 
 
 def _residual_blocks(stage: nn.Module) -> list[str]:

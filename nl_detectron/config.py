@@ -1,9 +1,9 @@
-"""The config node ``MODEL.NON_LOCAL``: its defaults, what they mean, and how to read a file."""
+"""The config node ``MODEL.NON_LOCAL``: its keys and defaults, and reading a config file."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,15 @@ STAGES = ("res2", "res3", "res4", "res5")
 _DEFAULTS: dict[str, Any] = {
     # gaussian, embedded_gaussian, dot_product or concatenation
     "PAIRWISE": "embedded_gaussian",
+    # Axes of the backbone's maps besides batch and channels: 1, 2 or 3, as its convolutions have.
+    "DIM": 2,
+    # In a 3-D backbone, what a position attends to: all positions (spacetime), its own frame
+    # (space), or its own place in all frames (time; needs SUBSAMPLE 1).
+    "AXES": "spacetime",
     # in_channels / inner_channels
     "REDUCTION": 2,
-    # Multiply the affinity of embedded_gaussian by inner_channels ** -0.5. False is the paper's
-    # text, True its released code.
+    # Multiply the affinity of embedded_gaussian by inner_channels ** -0.5: True in the paper's
+    # released code, False in its text.
     "SCALE": True,
     # Stride of the max-pooling of the keys in the backbone's blocks; 1 is off. The paper's "less
     # than 5 % more computation" needs 2.
@@ -27,15 +32,15 @@ _DEFAULTS: dict[str, Any] = {
     # before_conv (released code) or after_conv (the paper's text)
     "SUBSAMPLE_POSITION": "before_conv",
     # Norm after the output convolution of the backbone's blocks: "", BN, SyncBN or GN. Independent
-    # of RESNETS.NORM, whose FrozenBN would keep a block at the identity for ever.
+    # of RESNETS.NORM: a block with FrozenBN could never learn.
     "NORM": "",
-    # Keep only the input and output of the operation for the backward pass: less memory, more time.
+    # Save only the input and output of the operation for the backward pass: less memory, more time.
     "ACTIVATION_CHECKPOINT": False,
-    # By stage, the residual blocks to put a non-local block after; 0-based, negative from the end.
-    # (-2,) is "right before the last residual block" for every depth.
+    # For each stage, the residual blocks to insert a non-local block after; 0-based, negative from
+    # the end. (-2,) is "right before the last residual block" for every depth.
     "AFTER_BLOCKS": {"RES2": (), "RES3": (), "RES4": (-2,), "RES5": ()},
     "KEYPOINT_HEAD": {
-        # The convolutions conv_fcnN of the head to put a non-local block after; 1-based as there.
+        # The convolutions conv_fcnN of the head to insert a non-local block after; N is 1-based.
         "AFTER_CONVS": (2, 4, 6, 8),
         # As above, for the head's blocks; their map is 14 x 14.
         "SUBSAMPLE": 1,
@@ -43,9 +48,18 @@ _DEFAULTS: dict[str, Any] = {
     },
 }
 
+# For without_blocks(): the registered name of a builder with blocks -> that of the same builder
+# without. Add your own; a builder that never inserts blocks maps to itself.
+STOCK_BUILDERS = {
+    "build_non_local_resnet_backbone": "build_resnet_backbone",
+    "build_non_local_resnet_fpn_backbone": "build_resnet_fpn_backbone",
+    "build_non_local_retinanet_resnet_fpn_backbone": "build_retinanet_resnet_fpn_backbone",
+    "NonLocalKeypointHead": "KRCNNConvDeconvUpsampleHead",
+}
+
 
 def add_non_local_config(cfg: CfgNode) -> None:
-    """Add ``MODEL.NON_LOCAL`` with its defaults to a detectron2 config, once.
+    """Add ``MODEL.NON_LOCAL`` with its defaults to a detectron2 config, unless it is there.
 
     The node does nothing until ``MODEL.BACKBONE.NAME`` or ``MODEL.ROI_KEYPOINT_HEAD.NAME`` selects
     a builder of this package. No other key is touched.
@@ -54,18 +68,29 @@ def add_non_local_config(cfg: CfgNode) -> None:
         cfg.MODEL.NON_LOCAL = CfgNode(_DEFAULTS)
 
 
-def load_config(path: str | Path, options: Sequence[Any] = ()) -> CfgNode:
-    """Read a YAML config, and choose the CPU where CUDA is absent.
+def default_config() -> CfgNode:
+    """detectron2's default config with ``MODEL.NON_LOCAL``."""
+    cfg = get_cfg()
+    add_non_local_config(cfg)
+    return cfg
+
+
+def load_config(
+    path: str | Path,
+    options: Sequence[Any] = (),
+    get_config: Callable[[], CfgNode] = default_config,
+) -> CfgNode:
+    """Read a YAML config; without CUDA, change ``MODEL.DEVICE`` from "cuda" to "cpu".
 
     Args:
         path: the file.
-        options: config keys and values in turn, which win over the file.
+        options: config keys and values in turn, which override the file.
+        get_config: makes the config with all keys and defaults; another task has other keys.
 
     Raises:
-        ValueError: no such file, not YAML, or an unknown key, with the nearest known one.
+        ValueError: no such file, not YAML, or an unknown key; the message suggests a known one.
     """
-    cfg = get_cfg()
-    add_non_local_config(cfg)
+    cfg = get_config()
     if Path(path).suffix == ".py":
         raise ValueError(f"{path} is a LazyConfig; give the YAML config beside it")
     try:
@@ -81,13 +106,23 @@ def load_config(path: str | Path, options: Sequence[Any] = ()) -> CfgNode:
 
 
 def without_blocks(cfg: CfgNode) -> CfgNode:
-    """Return the same config without the blocks: stock detectron2's backbone and keypoint head."""
-    twin = cfg.clone()
-    twin.defrost()
-    twin.MODEL.BACKBONE.NAME = cfg.MODEL.BACKBONE.NAME.replace("non_local_", "")
-    if cfg.MODEL.ROI_KEYPOINT_HEAD.NAME == "NonLocalKeypointHead":
-        twin.MODEL.ROI_KEYPOINT_HEAD.NAME = get_cfg().MODEL.ROI_KEYPOINT_HEAD.NAME
-    return twin
+    """Return a copy of the config that builds the same model without the blocks.
+
+    Raises:
+        ValueError: a builder that :data:`STOCK_BUILDERS` does not have.
+    """
+    stock = cfg.clone()
+    stock.defrost()
+    for key in ("BACKBONE", "ROI_KEYPOINT_HEAD"):
+        node = stock.MODEL[key]
+        if node.NAME in STOCK_BUILDERS:
+            node.NAME = STOCK_BUILDERS[node.NAME]
+        elif node.NAME not in STOCK_BUILDERS.values():
+            raise ValueError(
+                f"no stock counterpart is known of MODEL.{key}.NAME {node.NAME!r}; known: "
+                f"{', '.join(STOCK_BUILDERS)}; add it to nl_detectron.config.STOCK_BUILDERS"
+            )
+    return stock
 
 
 def backbone_options(cfg: CfgNode) -> dict[str, Any]:
@@ -98,6 +133,8 @@ def backbone_options(cfg: CfgNode) -> dict[str, Any]:
         "after_blocks": after_blocks,
         "subsample": node.SUBSAMPLE,
         "norm": node.NORM,
+        "dim": node.DIM,
+        "axes": node.AXES,
         **_shared_options(node),
     }
 

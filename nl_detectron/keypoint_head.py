@@ -41,14 +41,14 @@ class NonLocalKeypointHead(KRCNNConvDeconvUpsampleHead):
             input_shape: shape of the RoI features.
             num_keypoints: J, keypoints per instance.
             conv_dims: output channels of each convolution.
-            after_convs: numbers of the convolutions to insert a block after, 1-based as in
+            after_convs: numbers of the convolutions to insert a block after; 1-based, as in
                 ``conv_fcn1``.
             block_options: arguments of :class:`~nl_detectron.NonLocalBlock`, the same for all
                 blocks.
             kwargs: arguments of the stock head (``loss_weight``, ``loss_normalizer``).
 
         Raises:
-            ValueError: ``after_convs`` names a convolution that is not there, or one twice.
+            ValueError: ``after_convs`` has a number that is out of range or repeated.
         """
         super().__init__(input_shape, num_keypoints=num_keypoints, conv_dims=conv_dims, **kwargs)
         allowed = range(1, len(conv_dims) + 1)
@@ -57,7 +57,7 @@ class NonLocalKeypointHead(KRCNNConvDeconvUpsampleHead):
                 "after_convs (config key KEYPOINT_HEAD.AFTER_CONVS) must be distinct numbers from "
                 f"1 to {len(conv_dims)}, the number of convolutions, got {tuple(after_convs)}"
             )
-        # Only now: the stock __init__ ends by initialising every parameter of the head.
+        # Not earlier: the stock __init__ ends by initialising every parameter of the head.
         for number in after_convs:
             block = NonLocalBlock(conv_dims[number - 1], **(block_options or {}))
             insert_after(self, f"conv_fcn_relu{number}", f"non_local{number}", block)
@@ -68,11 +68,11 @@ class NonLocalKeypointHead(KRCNNConvDeconvUpsampleHead):
         return {**super().from_config(cfg, input_shape), **keypoint_head_options(cfg)}
 
     def forward(self, x: Tensor, instances: list[Instances]) -> dict[str, Tensor] | list[Instances]:
-        """Stock forward on RoI features (R, C, 14, 14), with a check of the targets in training.
+        """Run the stock head on RoI features (R, C, 14, 14); check the targets in training.
 
         Raises:
-            ValueError: the targets have another number of keypoints than the head. (The stock head
-                trains on garbage then.)
+            ValueError: the targets and the head have different numbers of keypoints. (The stock
+                head would train on garbage.)
         """
         if self.training:
             for targets in instances:

@@ -13,43 +13,28 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from detectron2.layers import CNNBlockBase, FrozenBatchNorm2d, get_norm
+from detectron2.layers import CNNBlockBase
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from nl_detectron import ops
+from nl_detectron.norm import CONV_FUNCTION, conv_and_norm, make_norm
 
-NORMS = ("", "BN", "SyncBN", "GN")
 SUBSAMPLE_POSITIONS = ("before_conv", "after_conv")
 AXES = ("spacetime", "space", "time")
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_CONV_FUNCTION = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 
-class FlatBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm of a map whose positions are one axis, (N, C, P).
-
-    PyTorch's batch norm on a CPU (2.15) may mistake the memory layout of a 4-D or 5-D map that has
-    an axis of length 1; the gradients are then silently wrong. A 3-D map has one layout only. The
-    class is a ``BatchNorm2d`` so that detectron2's ``freeze()`` knows it.
-    """
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() != 3:
-            raise ValueError(f"expected a map (N, C, P), got shape {tuple(input.shape)}")
-
-
 class NonLocalBlock(CNNBlockBase):
-    """Non-local block: a bottleneck around the non-local operation, and a residual connection.
+    """Non-local block: a bottleneck around the non-local operation, with a residual connection.
 
-    It is the identity when new, so it can be put into a pretrained network: with ``norm=""`` the
-    output convolution starts at zero, otherwise the scale of the norm after it does.
+    A new block is the identity, so it can be inserted into a pretrained network: the output
+    convolution starts at zero, or with a norm, the scale of that norm does.
 
-    Differs from mmcv: keys are pooled before the convolutions by default, as in the paper's
-    released code (its text, and mmcv, pool after them), and ``conv_out`` keeps its bias beside a
+    Differs from mmcv: by default keys are pooled before the convolutions, as in the paper's
+    released code (its text, and mmcv, pool after them), and ``conv_out`` has a bias even with a
     norm.
     """
 
@@ -73,49 +58,35 @@ class NonLocalBlock(CNNBlockBase):
             in_channels: C, also the number of output channels.
             dim: number of axes of the map besides N and C: 1, 2 or 3.
             pairwise: form of f, one of :data:`nl_detectron.ops.PAIRWISE`. ``gaussian`` has no theta
-                and phi; ``concatenation`` has ``concat_project``, the paper's w_f, beside them.
+                and phi; ``concatenation`` also has ``concat_project``, the paper's w_f.
             reduction: C / D.
-            scale: multiply the affinity by D ** -0.5; read by ``embedded_gaussian`` alone.
+            scale: multiply the affinity by D ** -0.5; only ``embedded_gaussian`` uses it.
             subsample: stride of the max-pooling of the keys in space, 1 for none. Time is never
                 pooled.
-            subsample_position: ``before_conv`` pools x once for phi and g, ``after_conv`` pools
-                both.
+            subsample_position: ``before_conv`` pools x, ``after_conv`` pools phi(x) and g(x).
             norm: norm after ``conv_out``: "", "BN", "SyncBN" or "GN".
-            axes: the set over which j runs in a 3-D map: all positions, those of the same frame
-                ("space"), or the same place in all frames ("time").
-            activation_checkpoint: keep only x and y for the backward pass, and compute what lies
-                between again.
+            axes: what each position of a 3-D map attends to: all positions ("spacetime"), its own
+                frame ("space"), or its own place in all frames ("time").
+            activation_checkpoint: save only x and y for the backward pass and recompute the rest.
 
         Raises:
-            ValueError: an argument outside its allowed values.
+            ValueError: an argument is not one of its allowed values.
         """
         super().__init__(in_channels, in_channels, stride=1)
         _check("dim", dim, tuple(_CONV))
-        _check("pairwise (config key PAIRWISE)", pairwise, ops.PAIRWISE)
-        _check(
-            "subsample_position (config key SUBSAMPLE_POSITION)",
-            subsample_position,
-            SUBSAMPLE_POSITIONS,
-        )
-        _check("axes", axes, AXES if dim == 3 else AXES[:1])
-        if norm == "FrozenBN":
-            raise ValueError(
-                "norm 'FrozenBN' would keep a new block at the identity for ever, because its zero "
-                f"scale is not a parameter; use one of {NORMS}. The backbone's norm is another key."
-            )
-        _check("norm (config key NORM)", norm, NORMS)
+        _check("pairwise", pairwise, ops.PAIRWISE)
+        _check("subsample_position", subsample_position, SUBSAMPLE_POSITIONS)
+        _check("axes", axes, AXES)
         for name, value in (("reduction", reduction), ("subsample", subsample)):
             if not isinstance(value, int) or value < 1:
-                raise ValueError(
-                    f"{name} (config key {name.upper()}) must be an integer >= 1, got {value!r}"
-                )
+                key = f"{name} (config key {name.upper()})"
+                raise ValueError(f"{key} must be an integer >= 1, got {value!r}")
+        if axes != "spacetime" and dim < 3:
+            raise ValueError(f"axes {axes!r}: dim (config key DIM) must be 3, got {dim}")
         if axes == "time" and subsample > 1:
             raise ValueError(
-                f"axes 'time' has no space to pool: subsample must be 1, got {subsample}"
-            )
-        if norm == "GN" and in_channels % 32:
-            raise ValueError(
-                f"norm 'GN' has 32 groups: in_channels must be a multiple, got {in_channels}"
+                "axes 'time' leaves no space to pool: subsample (config key SUBSAMPLE) must be 1, "
+                f"got {subsample}"
             )
 
         self.dim = dim
@@ -125,7 +96,7 @@ class NonLocalBlock(CNNBlockBase):
         self.subsample_position = subsample_position
         self.axes = axes
         self.activation_checkpoint = activation_checkpoint
-        # One of ops.PATHS[pairwise] to force a way of computing y; None chooses the fastest.
+        # One of ops.PATHS[pairwise] to force a path; None lets the size of the map choose.
         self.path: str | None = None
         self.inner_channels = inner_channels = max(in_channels // reduction, 1)
 
@@ -137,51 +108,77 @@ class NonLocalBlock(CNNBlockBase):
         if pairwise == "concatenation":
             self.concat_project = conv(2 * inner_channels, 1, 1, bias=False)
         self.conv_out = conv(inner_channels, in_channels, 1)
-        self.norm = get_norm(FlatBatchNorm2d if norm == "BN" else norm, in_channels)
+        self.norm = make_norm(norm, in_channels)
         self._init_weights()
 
     def _init_weights(self) -> None:
         for module in self.children():
             if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-                # He's, as in Sec. 4.1; the released code's N(0, 0.01) learns far later.
+                # He's, as in Sec. 4.1; with the released code's N(0, 0.01), learning starts late.
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.zeros_(self.conv_out.weight if self.norm is None else self.norm.weight)
+        last: Any = self.norm or self.conv_out
+        nn.init.zeros_(last.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add to every position what it gathers from the others; map in, map of that shape out."""
+        """Compute z = W_z y + x for a map x; z has the shape of x."""
         if self.activation_checkpoint and torch.is_grad_enabled():
-            # The norm stays outside: done again, it would update its statistics twice.
+            # The norm stays outside: recomputed, it would update its statistics twice.
             y = checkpoint(self._respond, x, use_reentrant=False, preserve_rng_state=False)
         else:
             y = self._respond(x)
-        return x + self._project(y)
+        return x + conv_and_norm(y, self.conv_out, self.norm)
 
     def attention(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
-        """The explicit attention matrix of the block for the map x.
+        """The attention matrix of the block for the map x.
 
         Args:
             x: the map.
-            queries: (Q,) positions to compute rows for, counted in row-major order; all of them
-                without it.
+            queries: (Q,) positions to compute rows for, in row-major order; None for all.
 
         Returns:
-            (N, Q, K), positions in row-major order, K after subsampling. With ``axes="space"`` N
-            counts frames (N * T of them), with "time" it counts places (N * H * W).
+            (N, Q, K), positions in row-major order, K after subsampling. The first axis is N * T
+            frames with ``axes="space"``, and N * H * W places with "time".
         """
         theta, phi, _, w_f = self._embed(x)
         if queries is not None:
             theta = theta[:, queries]
         return ops.attention(theta, phi, pairwise=self.pairwise, scale=self.scale, w_f=w_f)
 
-    def pool_window(self, size: Sequence[int]) -> list[int]:
-        """Positions that one key covers along each axis of a map of this size, such as (H, W)."""
-        # A map narrower than the stride is pooled to one position, not to none.
-        window = [_at_most(length, self.subsample) for length in size]
+    def path_for(self, x: Tensor) -> str:
+        """The path by which y is computed for the map x, one of ``ops.PATHS[pairwise]``.
+
+        It may depend on whether gradients are needed, as well as on the size.
+        """
+        theta, phi, g, _ = self._embed(x)
+        return ops.choose_path(self.pairwise, theta, phi, g, self.scale, self.path)
+
+    def pool_window(self, size: Sequence[Any]) -> list[int]:
+        """Number of positions that one key covers, along each axis of a map of this size."""
+        # A map narrower than the stride is pooled to one position, not to none. In a trace a length
+        # is a tensor, and a Python comparison would fix the result for that size.
+        window: list[Any] = [
+            n.clamp(max=self.subsample) if isinstance(n, Tensor) else min(n, self.subsample)
+            for n in size
+        ]
         if self.dim == 3:
             window[0] = 1
         return window
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows of the block besides its layers."""
+        path = f"path={self.path}" if self.path else "path chosen by size"
+        shown = [f"pairwise={self.pairwise}", path, f"subsample={self.subsample}"]
+        if self.pairwise == "embedded_gaussian":
+            shown.insert(1, f"scale={self.scale}")
+        if self.subsample > 1:
+            shown.append(f"subsample_position={self.subsample_position}")
+        if self.dim == 3:
+            shown.append(f"axes={self.axes}")
+        if self.activation_checkpoint:
+            shown.append("activation_checkpoint=True")
+        return ", ".join(shown)
 
     def _respond(self, x: Tensor) -> Tensor:
         """Map x -> map y with D channels, Eq. 1."""
@@ -196,34 +193,17 @@ class NonLocalBlock(CNNBlockBase):
             y = ops.concatenation(theta, phi, g, w_f, path=self.path)
         return self._to_map(y, x)
 
-    def _project(self, y: Tensor) -> Tensor:
-        """Map y -> map W_z y with its norm."""
-        conv: Any = self.conv_out
-        norm: Any = self.norm
-        if norm is None:
-            return conv(y)
-        frozen = isinstance(norm, FrozenBatchNorm2d)
-        if frozen or (isinstance(norm, _BatchNorm) and not norm.training):
-            # Its statistics are constants: the norm is part of the convolution.
-            factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
-            weight = conv.weight * factor.view(-1, *[1] * (self.dim + 1))
-            bias = norm.bias + (conv.bias - norm.running_mean) * factor
-            return _CONV_FUNCTION[self.dim](y, weight, bias)
-        out = conv(y)
-        # Contiguous, because strided rows take PyTorch twice the time.
-        return norm(out.flatten(2).contiguous()).view_as(out)
-
     def _embed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
         """Map -> rows theta (N, Q, D), phi (N, K, D), g (N, K, D), and w_f of concatenation.
 
-        D of theta and phi is C for ``gaussian``, and 1 where w_f could go into the convolution.
+        For ``gaussian``, theta and phi have width C; where w_f is folded into their convolution, 1.
         """
         theta: Callable[[Tensor], Tensor] = self.theta
         phi: Callable[[Tensor], Tensor] = self.phi
         w_f = None
         after_conv = self.subsample_position == "after_conv" and self.subsample > 1
         if self.pairwise == "concatenation":
-            # f takes one number from theta and one from phi: one channel is all that is needed.
+            # f needs only one number from theta and one from phi: w_f . conv(x) is one channel.
             w_theta, w_phi = self.concat_project.weight.view(1, -1).chunk(2, dim=1)
             one = torch.ones_like(w_theta[:, :1])
             theta = self._weighted(self.theta, w_theta)
@@ -238,10 +218,10 @@ class NonLocalBlock(CNNBlockBase):
         return self._to_rows(theta(x)), self._to_rows(phi_map), self._to_rows(g_map), w_f
 
     def _weighted(self, conv: Any, w: Tensor) -> Callable[[Tensor], Tensor]:
-        """A convolution to one channel, w . conv(x), for w (1, D)."""
+        """The convolution to one channel that computes w . conv(x), for w (1, D)."""
         weight = (w @ conv.weight.flatten(1)).view(1, -1, *[1] * self.dim)
         bias = (w @ conv.bias[:, None])[0]
-        return partial(_CONV_FUNCTION[self.dim], weight=weight, bias=bias)
+        return partial(CONV_FUNCTION[self.dim], weight=weight, bias=bias)
 
     def _pool(self, x: Tensor) -> Tensor:
         if self.subsample == 1:
@@ -249,7 +229,7 @@ class NonLocalBlock(CNNBlockBase):
         return _MAX_POOL[self.dim](x, self.pool_window(x.shape[2:]))
 
     def _to_rows(self, x: Tensor) -> Tensor:
-        """Map -> (N, P, C); the axes over which j does not run join N."""
+        """Map -> (N, P, C); axes that do not attend to each other are merged into N."""
         if self.axes == "space":
             x = x.transpose(1, 2).flatten(0, 1)
         elif self.axes == "time":
@@ -301,9 +281,9 @@ def find_blocks(model: nn.Module, *patterns: str) -> dict[str, NonLocalBlock]:
 
 
 def insert_after(parent: nn.Module, after: str, name: str, module: nn.Module) -> None:
-    """Insert a child behind the child ``after`` of a module that runs its children in order.
+    """Insert a child after the child ``after`` of a module that runs its children in order.
 
-    The other children keep their names, and with them their keys in checkpoints.
+    The other children keep their names, and so their keys in checkpoints.
     """
     children = dict(parent.named_children())
     for child_name in children:
@@ -314,11 +294,7 @@ def insert_after(parent: nn.Module, after: str, name: str, module: nn.Module) ->
             parent.add_module(name, module)
 
 
-def _at_most(length: Any, limit: int) -> Any:
-    # In a trace a length is a tensor, and a comparison in Python would hold for that size alone.
-    return length.clamp(max=limit) if isinstance(length, Tensor) else min(length, limit)
-
-
 def _check(name: str, value: object, allowed: tuple) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+        key = f"{name} (config key {name.upper()})"
+        raise ValueError(f"{key} must be one of {allowed}, got {value!r}")

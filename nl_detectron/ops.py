@@ -1,18 +1,18 @@
 """The non-local operation, y_i = 1/C(x) sum_j f(x_i, x_j) g(x_j), in the paper's four forms of f.
 
-Positions are rows, as the paper writes them: ``theta`` holds theta(x_i) for each query i, ``phi``
-and ``g`` hold phi(x_j) and g(x_j) for each key j. Transposed views of a channels-first map serve as
-well as copies. One function per form computes y; :func:`attention` gives the explicit matrix
-f / C(x), for pictures and for tests.
+Positions are rows, as in the paper: ``theta`` holds theta(x_i) for each query i, ``phi`` and ``g``
+hold phi(x_j) and g(x_j) for each key j. Transposed views of a channels-first map are as good as
+copies. One function per form computes y; :func:`attention` computes the matrix f / C(x) itself, for
+figures and tests.
 
-Every form has more than one path to the same sum (:data:`PATHS`). "naive" spells out the
-Q x K matrix; the others never hold it. :func:`choose_path` makes the choice.
+Each form has several paths to the same sum (:data:`PATHS`): "naive" computes the Q x K matrix,
+the others never hold it. :func:`choose_path` chooses.
 
 ===========  ========================  =============================================================
 linear       dot_product               theta (phi^T g), O((Q + K) D E)
 sorted       concatenation             prefix sums over sorted keys, O(K log K + (Q + K) E)
 fused        the two Gaussian forms    ``torch.nn.functional.scaled_dot_product_attention``
-blocked      the two Gaussian forms    some queries at a time
+blocked      the two Gaussian forms    a block of queries at a time
 ===========  ========================  =============================================================
 
 "fused" and "blocked" have no second derivative.
@@ -39,8 +39,8 @@ PATHS = {
     "concatenation": ("naive", "sorted"),
 }
 
-# A matrix of so many pairs (1 MB in float32) stays in a core's cache: nothing beats "naive".
-MAX_TEXTBOOK_PAIRS = 2**18
+# A matrix of this many pairs (1 MB in float32) stays in a core's cache: "naive" is fastest.
+MAX_NAIVE_PAIRS = 2**18
 
 
 def gaussian(
@@ -53,14 +53,14 @@ def gaussian(
 ) -> Tensor:
     """Non-local operation with f = exp(x_i . x_j), C(x) = sum_j f: a softmax over the keys (Eq. 2).
 
-    The form has no embedding: ``theta`` and ``phi`` are the features x themselves.
+    There is no embedding: ``theta`` and ``phi`` are the features x themselves.
 
     Args:
         theta: queries, (N, Q, D).
         phi: keys, (N, K, D).
         g: values, (N, K, E).
-        key_mask: (N, K) bool, True for the keys that take part. Without any, y is 0.
-        path: one of ``PATHS["gaussian"]``; None lets :func:`choose_path` choose.
+        key_mask: (N, K) bool, True for the keys to sum over. If there are none, y is 0.
+        path: one of :data:`PATHS` of the form; None lets :func:`choose_path` choose.
 
     Returns:
         (N, Q, E), dtype of ``g``.
@@ -82,22 +82,10 @@ def embedded_gaussian(
 ) -> Tensor:
     """Non-local operation with f = exp(theta_i . phi_j), C(x) = sum_j f (Eq. 3).
 
-    Args:
-        theta: queries, (N, Q, D).
-        phi: keys, (N, K, D).
-        g: values, (N, K, E).
-        scale: multiply the affinity by D ** -0.5. Not in the paper; in every released config of it.
-        key_mask: (N, K) bool, True for the keys that take part. Without any, y is 0.
-        path: one of ``PATHS["embedded_gaussian"]``; None lets :func:`choose_path` choose.
-
-    Returns:
-        (N, Q, E), dtype of ``g``.
-
-    Raises:
-        ValueError: unknown ``path``.
+    As :func:`gaussian`; ``scale`` multiplies the affinity by D ** -0.5, which is not in the paper,
+    but in every released config of it.
     """
-    path = path or choose_path("embedded_gaussian", theta, phi, g, scale)
-    _check_path("embedded_gaussian", path)
+    path = choose_path("embedded_gaussian", theta, phi, g, scale, path)
     phi, g = _zero_masked(key_mask, phi, g)
     compute = {
         "naive": paths.softmax_sum,
@@ -117,23 +105,10 @@ def dot_product(
 ) -> Tensor:
     """Non-local operation with f = theta_i . phi_j, C(x) = number of keys (Eq. 4).
 
-    f is linear in theta, so theta (phi^T g) is the same sum without a Q x K matrix.
-
-    Args:
-        theta: queries, (N, Q, D).
-        phi: keys, (N, K, D).
-        g: values, (N, K, E).
-        key_mask: (N, K) bool, True for the keys that take part. Without any, y is 0.
-        path: one of ``PATHS["dot_product"]``; None lets :func:`choose_path` choose.
-
-    Returns:
-        (N, Q, E), dtype of ``g``.
-
-    Raises:
-        ValueError: unknown ``path``.
+    As :func:`gaussian`. f is linear in theta, so theta (phi^T g) is the same sum without a Q x K
+    matrix.
     """
-    path = path or choose_path("dot_product", theta, phi, g)
-    _check_path("dot_product", path)
+    path = choose_path("dot_product", theta, phi, g, path=path)
     phi, g = _zero_masked(key_mask, phi, g)
     dtype = g.dtype
     with paths.no_autocast(theta):
@@ -157,24 +132,10 @@ def concatenation(
 ) -> Tensor:
     """Non-local operation with f = ReLU(w_f^T [theta_i, phi_j]), C(x) = number of keys (Eq. 5).
 
+    As :func:`gaussian`; ``w_f`` (2D,) holds the weights of theta, then those of phi, so that
     w_f^T [theta_i, phi_j] is a sum of two scalars, one per query and one per key.
-
-    Args:
-        theta: queries, (N, Q, D).
-        phi: keys, (N, K, D).
-        g: values, (N, K, E).
-        w_f: (2D,), the weights of theta first.
-        key_mask: (N, K) bool, True for the keys that take part. Without any, y is 0.
-        path: one of ``PATHS["concatenation"]``; None lets :func:`choose_path` choose.
-
-    Returns:
-        (N, Q, E), dtype of ``g``.
-
-    Raises:
-        ValueError: unknown ``path``.
     """
-    path = path or choose_path("concatenation", theta, phi, g)
-    _check_path("concatenation", path)
+    path = choose_path("concatenation", theta, phi, g, path=path)
     phi, g = _zero_masked(key_mask, phi, g)
     dtype = g.dtype
     with paths.no_autocast(theta):
@@ -188,19 +149,36 @@ def concatenation(
     return y.to(dtype)
 
 
-def choose_path(pairwise: str, theta: Tensor, phi: Tensor, g: Tensor, scale: bool = True) -> str:
-    """The path that an operation takes by itself, one of ``PATHS[pairwise]``.
+def choose_path(
+    pairwise: str,
+    theta: Tensor,
+    phi: Tensor,
+    g: Tensor,
+    scale: bool = True,
+    path: str | None = None,
+) -> str:
+    """The path that an operation takes, one of ``PATHS[pairwise]``.
 
     A program that is compiled, exported or traced serves many sizes: there the choice does not
     depend on Q and K.
 
     Args:
         pairwise: one of :data:`PAIRWISE`.
-        theta: as the operation takes it.
+        theta: as given to the operation.
         phi: likewise.
         g: likewise.
         scale: as in :func:`embedded_gaussian`; the other forms have no scale.
+        path: the path to take, which is checked and returned; None to choose one.
+
+    Raises:
+        ValueError: unknown ``path``.
     """
+    if path is not None:
+        if path not in PATHS[pairwise]:
+            hint = "; 'textbook' is now called 'naive'" if path == "textbook" else ""
+            allowed = f"path must be one of {PATHS[pairwise]} for {pairwise}"
+            raise ValueError(f"{allowed}, got {path!r}{hint}")
+        return path
     (_, queries, width), (_, keys, value_width) = theta.shape, g.shape
     if pairwise == "dot_product":
         multiplications = (queries + keys) * width * value_width
@@ -208,23 +186,23 @@ def choose_path(pairwise: str, theta: Tensor, phi: Tensor, g: Tensor, scale: boo
             return "linear"
         return "naive"
     if pairwise == "concatenation":
-        if paths.compiling() or queries * keys > MAX_TEXTBOOK_PAIRS:
+        if paths.compiling() or queries * keys > MAX_NAIVE_PAIRS:
             return "sorted"
         return "naive"
     if paths.compiling():
         return "fused"
-    # Unscaled softmaxes saturate, where the gradients of "fused" are not exact; on CUDA, those of a
-    # scaled one are left to its kernels, which float64 has not.
+    # Where a softmax saturates, as an unscaled one does, the gradients of "fused" are inexact. On
+    # CUDA they are accepted for a scaled one. There are no fused kernels for float64.
     scaled = scale and pairwise == "embedded_gaussian"
     needs_gradient = torch.is_grad_enabled() and (
         theta.requires_grad or phi.requires_grad or g.requires_grad
     )
     if theta.is_cuda and theta.dtype != torch.float64 and (scaled or not needs_gradient):
         return "fused"
-    if queries * keys <= MAX_TEXTBOOK_PAIRS:
+    if queries * keys <= MAX_NAIVE_PAIRS:
         return "naive"
-    # On a CPU, fused kernels want one width for all; filled up with zeros, narrow values cost more
-    # than they save.
+    # On a CPU, fused kernels need theta, phi and g of one width; padding the narrower ones costs
+    # more than the kernels save.
     return "fused" if width == value_width and not needs_gradient else "blocked"
 
 
@@ -237,10 +215,10 @@ def attention(
     w_f: Tensor | None = None,
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    """The matrix f(x_i, x_j) / C(x) that the operation multiplies with g, spelt out.
+    """The matrix f(x_i, x_j) / C(x) by which the operation multiplies g.
 
-    It holds Q x K floats per sample: 1.1 GB in float32 for an unsampled res3 map of an 800 x 1333
-    image.
+    It has Q x K floats per sample: 1.1 GB in float32 for a res3 map of an 800 x 1333 image, without
+    subsampling.
 
     Args:
         theta: queries, (N, Q, D).
@@ -248,7 +226,7 @@ def attention(
         pairwise: one of :data:`PAIRWISE`.
         scale: as in :func:`embedded_gaussian`; the other forms have no scale.
         w_f: (2D,), for concatenation only.
-        key_mask: (N, K) bool, True for the keys that take part.
+        key_mask: (N, K) bool, True for the keys to sum over.
 
     Returns:
         (N, Q, K), at least float32. Rows sum to 1 for the Gaussian forms.
@@ -283,8 +261,8 @@ def _concatenation_terms(theta: Tensor, phi: Tensor, w_f: Tensor) -> tuple[Tenso
 def _in_one_dtype(*tensors: Tensor) -> list[Tensor]:
     """Promote to one dtype, float16 to float32.
 
-    Sums over thousands of positions, and the share that each has in a mean, leave the range of
-    float16 at either end; so do the sums over queries in the backward pass.
+    Sums over thousands of positions overflow float16, and the weight of each in a mean underflows;
+    the same goes for the sums over queries in the backward pass.
     """
     dtype = functools.reduce(torch.promote_types, [t.dtype for t in tensors])
     dtype = torch.float32 if dtype == torch.float16 else dtype
@@ -292,7 +270,7 @@ def _in_one_dtype(*tensors: Tensor) -> list[Tensor]:
 
 
 def _zero_masked(key_mask: Tensor | None, *keys: Tensor) -> tuple[Tensor, ...]:
-    """Set left-out keys to zero: an inf or nan there would pass a weight of 0."""
+    """Set keys that are masked out to zero: an inf or nan there would survive a weight of 0."""
     if key_mask is None:
         return keys
     return tuple(rows.masked_fill(~key_mask[:, :, None], 0.0) for rows in keys)
@@ -303,8 +281,3 @@ def _number_of_keys(keys: Tensor, key_mask: Tensor | None) -> Tensor | int:
     if key_mask is None:
         return max(keys.shape[1], 1)
     return key_mask.sum(dim=-1).clamp(min=1)[:, None, None].to(keys.dtype)
-
-
-def _check_path(pairwise: str, path: str) -> None:
-    if path not in PATHS[pairwise]:
-        raise ValueError(f"path must be one of {PATHS[pairwise]} for {pairwise}, got {path!r}")

@@ -1,7 +1,7 @@
 """How the sums of the non-local operation are computed: functions from rows to rows.
 
-The functions of :mod:`nl_detectron.ops` say what is computed and choose among these. "Pairs" are
-pairs of a query and a key: a matrix of them is what peers build, and what most of these avoid.
+:mod:`nl_detectron.ops` says what is computed and chooses among these functions. A "pair" is a query
+and a key: other implementations build the matrix of all pairs, most of these functions avoid it.
 
 Shapes: N batch, Q queries, K keys, D inner width of theta and phi, E width of g.
 """
@@ -16,15 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Pairs that exist at a time in blocked_softmax_sum: 8 MB in float32. With fewer, matrix products
-# are too narrow to be fast.
+# Pairs per block in blocked_softmax_sum: 8 MB in float32. With fewer, matrix products are too
+# narrow to be fast.
 BLOCK_PAIRS = 2**21
 
 
 def softmax(theta: Tensor, phi: Tensor, scale: bool, key_mask: Tensor | None) -> Tensor:
     """softmax_j(theta_i . phi_j), (N, Q, K) in at least float32; 0 where there are no keys."""
-    # An unscaled product of half-precision features passes 65504 long before training fails, so the
-    # product, not only the softmax, is in float32.
+    # Unscaled products of half-precision features exceed 65504 in a healthy training, so the
+    # product is computed in float32, not only the softmax.
     with no_autocast(theta):
         theta, phi = at_least_float32(theta), at_least_float32(phi)
         if scale:
@@ -47,10 +47,10 @@ def softmax_sum(
 def blocked_softmax_sum(
     theta: Tensor, phi: Tensor, g: Tensor, scale: bool, key_mask: Tensor | None
 ) -> Tensor:
-    """:func:`softmax_sum` for some queries at a time. No second derivative.
+    """:func:`softmax_sum`, a block of queries at a time. No second derivative.
 
-    A loop over blocks cannot be compiled or traced for many sizes: there it is
-    :func:`fused_softmax_sum`.
+    A loop over blocks cannot be compiled or traced for many sizes: :func:`fused_softmax_sum`
+    replaces it there.
     """
     if compiling():
         return fused_softmax_sum(theta, phi, g, scale, key_mask)
@@ -65,7 +65,7 @@ class _BlockedSoftmaxSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, theta: Tensor, phi: Tensor, g: Tensor, key_mask: Tensor | None) -> Tensor:
         ctx.save_for_backward(theta, phi, g, key_mask)
-        # Written into one tensor: small results between the blocks would fragment the heap.
+        # One tensor for all results: small ones allocated between the blocks fragment the heap.
         y = g.new_empty(*theta.shape[:2], g.shape[2])
         for n, rows, p in _softmax_blocks(theta, phi, key_mask):
             y[n, rows] = p @ g[n]
@@ -79,8 +79,8 @@ class _BlockedSoftmaxSum(torch.autograd.Function):
         d_theta, d_phi, d_g = torch.empty_like(theta), torch.zeros_like(phi), torch.zeros_like(g)
         for n, rows, p in _softmax_blocks(theta, phi, key_mask):
             d_g[n].baddbmm_(p.mT, dy[n, rows])
-            # A softmax p with gradient dp passes on p (dp - sum p dp). The sum also is dy . y, but
-            # only summed like this it cancels where one key has all the weight.
+            # The gradient of a softmax p is p (dp - sum p dp). The sum also equals dy . y, but only
+            # computed like this does it cancel exactly where one key has all the weight.
             d_affinity = (dy[n, rows] @ g[n].mT).mul_(p)
             d_affinity.addcmul_(p, d_affinity.sum(dim=-1, keepdim=True), value=-1)
             d_phi[n].baddbmm_(d_affinity.mT, theta[n, rows])
@@ -91,7 +91,7 @@ class _BlockedSoftmaxSum(torch.autograd.Function):
 def _softmax_blocks(
     theta: Tensor, phi: Tensor, key_mask: Tensor | None
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Samples, queries, and the rows of their softmax (samples, queries, K)."""
+    """Yield slices of samples and of queries, and their softmax (samples, queries, K)."""
     (samples, queries), keys = theta.shape[:2], max(phi.shape[1], 1)
     samples_step = max(BLOCK_PAIRS // max(queries * keys, 1), 1)
     queries_step = max(BLOCK_PAIRS // keys, 1)
@@ -108,20 +108,20 @@ def fused_softmax_sum(
 ) -> Tensor:
     """:func:`softmax_sum` by PyTorch's scaled_dot_product_attention. No second derivative.
 
-    The gradients of theta and phi have an absolute error of some eps |dy_i| |y_i| |phi_j| (or
+    The gradients of theta and phi have an absolute error of about eps |dy_i| |y_i| |phi_j| (or
     |theta_i|), because the kernels subtract dy . y where sum p dp would cancel. Where one key has
-    nearly all the weight, exact gradients are far smaller than that.
+    nearly all the weight, the exact gradients are far smaller than that.
 
-    Which kernel runs: on a CPU PyTorch's own flash attention, for any width, provided that all
-    widths are equal and rows contiguous (else the matrix of all pairs, silently). On CUDA flash
-    attention up to width 256 in half precision, else the memory-efficient kernel, which takes any
-    width; for float64 the matrix.
+    The kernel on a CPU is PyTorch's flash attention, of any width, if all widths are equal and rows
+    contiguous (otherwise PyTorch silently builds the matrix of all pairs). On CUDA it is flash
+    attention in half precision up to width 256, else the memory-efficient kernel, which takes any
+    width; float64 gets the matrix.
     """
     factor = _scale(theta) if scale else 1.0
     width = max(theta.shape[-1], g.shape[-1])
     dtype = torch.promote_types(torch.promote_types(theta.dtype, phi.dtype), g.dtype)
     if key_mask is not None:
-        # A softmax over no keys is nan; over all of them, with g = 0, it gives the 0 that is due.
+        # A softmax over no keys is nan. Over all keys, with their g = 0, it gives the 0 we want.
         key_mask = (key_mask | ~key_mask.any(dim=-1, keepdim=True))[:, None, None, :]
     query, key, value = (_as_head(t.to(dtype), width) for t in (theta, phi, g))
     with no_autocast(theta):
@@ -137,18 +137,18 @@ def relu_sum(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
 def sorted_relu_sum(a: Tensor, b: Tensor, g: Tensor, key_mask: Tensor | None = None) -> Tensor:
     """:func:`relu_sum` in O((Q + K) (log K + E)).
 
-    In descending order of b, the keys with a_i + b_j > 0 are the first few. So the sum is that of
-    g_j over them times a_i, plus that of b_j g_j: prefix sums hold both, for every query.
+    With keys in descending order of b, those with a_i + b_j > 0 come first. Over them, the sum is
+    a_i times the sum of g_j, plus the sum of b_j g_j: two prefix sums serve every query.
 
     Args:
         a: (N, Q).
         b: (N, K).
-        g: (N, K, E), 0 for the keys that do not take part.
-        key_mask: (N, K) bool, True for the keys that take part.
+        g: (N, K, E), 0 for keys that are masked out.
+        key_mask: (N, K) bool, True for the keys to sum over.
     """
     dtype = g.dtype
     a, b, g = at_least_float32(a), at_least_float32(b), at_least_float32(g)
-    # An offset of b that a takes back would cancel in the two sums, and their digits with it.
+    # A common offset of b, undone by a, would cancel between the two sums and cost digits.
     with torch.no_grad():
         known = torch.ones_like(b) if key_mask is None else key_mask.to(b.dtype)
         offset = (b * known).sum(-1, keepdim=True) / known.sum(-1, keepdim=True).clamp(min=1)
@@ -157,7 +157,7 @@ def sorted_relu_sum(a: Tensor, b: Tensor, g: Tensor, key_mask: Tensor | None = N
     with torch.no_grad():
         number = torch.searchsorted(-b, a)  # of keys with a_i + b_j > 0
     sample = torch.arange(g.shape[0], device=g.device)[:, None]
-    # The first row, of zeros, is the sum over no keys.
+    # The row of zeros in front is the sum over no keys.
     g = F.pad(g[sample, order], (0, 0, 1, 0))
     b = F.pad(b, (1, 0))[:, :, None]
     sum_g, sum_bg = g.cumsum(dim=1)[sample, number], (b * g).cumsum(dim=1)[sample, number]
@@ -165,24 +165,24 @@ def sorted_relu_sum(a: Tensor, b: Tensor, g: Tensor, key_mask: Tensor | None = N
 
 
 def compiling() -> bool:
-    """Whether a program for many sizes is being made: compiled, exported or traced."""
+    """Whether a program for many sizes is being compiled, exported or traced."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision to float32; float64 stays."""
+    """Convert half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def _as_head(rows: Tensor, width: int) -> Tensor:
-    """(N, P, D) -> (N, 1, P, width), filled up with zeros."""
+    """(N, P, D) -> (N, 1, P, width), padded with zeros."""
     if rows.shape[-1] < width:
         rows = F.pad(rows, (0, width - rows.shape[-1]))
     return rows[:, None].contiguous()
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager:
-    """Let products be computed in the dtype that they are given."""
+    """Turn autocast off, so that products are computed in the dtype of their operands."""
     device = x.device.type
     if not torch.amp.is_autocast_available(device):  # "meta", where FLOPs are counted
         return nullcontext()
@@ -190,5 +190,5 @@ def no_autocast(x: Tensor) -> AbstractContextManager:
 
 
 def _scale(theta: Tensor) -> float:
-    # A number even where sizes are traced, as float32 tensors: D belongs to the weights.
+    # int(), because a trace turns sizes into float32 tensors, and D is fixed by the weights.
     return int(theta.shape[-1]) ** -0.5

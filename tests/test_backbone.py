@@ -10,17 +10,16 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import convert_basic_c2_names
 from detectron2.config import LazyCall, instantiate
-from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
+from detectron2.layers import CNNBlockBase, FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import ResNet, build_backbone, build_model
 from detectron2.modeling.backbone import BasicStem
 from detectron2.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleStem
-from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
-from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.testing import assert_close
 
 from nl_detectron import NonLocalBlock, NonLocalResNet, insert_non_local_blocks
-from nl_detectron.config import without_blocks
+from nl_detectron.config import backbone_options, without_blocks
+from tests import oracles
 
 # Paper Sec. 5.1 and 6, released code and GluonCV for R-101; index i is "after residual block i".
 PRESETS = {
@@ -120,26 +119,6 @@ def test_presets_are_the_stock_network_when_new(cfg, nl_cfg, preset):
     assert all(torch.equal(got[k], expected[k]) for k in expected)
 
 
-def test_blocks_run_in_their_place():
-    resnet = make_resnet(18)
-    insert_non_local_blocks(resnet, {"res3": [0], "res4": [-1]})
-    calls = []
-    for name, module in resnet.named_modules():
-        if name.count(".") == 1:
-            module.register_forward_hook(lambda *_, name=name: calls.append(name))
-    resnet.eval()(torch.randn(1, 3, 32, 32))
-    stages = {
-        stage: [c.split(".")[1] for c in calls if c.startswith(stage)]
-        for stage in resnet.stage_names
-    }
-    assert stages == {
-        "res2": ["0", "1"],
-        "res3": ["0", "non_local0", "1"],
-        "res4": ["0", "1", "non_local1"],
-        "res5": ["0", "1"],
-    }
-
-
 def test_block_is_applied_to_the_output_of_its_residual_block():
     resnet = make_resnet(18).eval()
     insert_non_local_blocks(resnet, {"res4": [-2]}, subsample=2)
@@ -167,55 +146,6 @@ def test_builders(small_cfg, name, stages):
     assert ours.size_divisibility == stock.size_divisibility
     prefix = "bottom_up." if "fpn" in name else ""
     assert non_local_names(ours) == [f"{prefix}res4.non_local4"]
-
-
-def detector_inputs(training):
-    """One image, with one instance for training."""
-    image = {"image": torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)}
-    if training:
-        instances = Instances((64, 96))
-        instances.gt_boxes = Boxes([[10.0, 5.0, 70.0, 60.0]])
-        instances.gt_classes = torch.tensor([0])
-        instances.gt_masks = BitMasks(torch.ones(1, 64, 96, dtype=torch.bool))
-        points = torch.rand(1, 5, 2) * 40 + 15
-        instances.gt_keypoints = Keypoints(torch.cat([points, torch.full((1, 5, 1), 2.0)], dim=2))
-        image["instances"] = instances
-    return [image]
-
-
-def as_tensors(instances):
-    fields = instances.get_fields()
-    return {k: v.tensor if isinstance(v, Boxes) else v for k, v in fields.items()}
-
-
-def test_detector_is_the_stock_detector_when_new(nl_cfg):
-    """Losses and predictions, bit by bit, blocks in the backbone and in the keypoint head."""
-    set_blocks(nl_cfg, PRESETS[50, 5])
-    stock_cfg = without_blocks(nl_cfg)
-    nl_cfg.MODEL.ROI_KEYPOINT_HEAD.NAME = "NonLocalKeypointHead"
-    stock, ours = with_random_statistics(build_model(stock_cfg)), build_model(nl_cfg)
-    missing, unexpected = ours.load_state_dict(stock.state_dict(), strict=False)
-    assert unexpected == []
-    assert all(".non_local" in key for key in missing)
-    assert len(non_local_names(ours)) == 5 + 4
-
-    inputs, results = detector_inputs(training=False), []
-    for model in (stock, ours):
-        with torch.no_grad():
-            results.append(as_tensors(model.eval()(inputs)[0]["instances"]))
-    expected, got = results
-    assert len(expected["scores"]) > 0
-    assert set(expected) == set(got)
-    assert {"pred_boxes", "pred_masks", "pred_keypoints"} <= set(expected)
-    assert all(torch.equal(got[k], expected[k]) for k in expected)
-
-    inputs, losses = detector_inputs(training=True), []
-    for model in (stock, ours):
-        torch.manual_seed(1)  # proposals are sampled
-        with EventStorage():
-            losses.append(model.train()(inputs))
-    assert {"loss_mask", "loss_keypoint"} <= set(losses[0])
-    assert losses[0] == losses[1]
 
 
 def c2_name(key):
@@ -318,6 +248,55 @@ def test_regnet():
     assert all(torch.equal(ours(x)[k], v) for k, v in stock(x).items())
 
 
+class Block3d(CNNBlockBase):
+    """A residual block of a video network; strides are those of space."""
+
+    def __init__(self, in_channels, out_channels, stride):
+        super().__init__(in_channels, out_channels, stride)
+        self.conv = nn.Conv3d(in_channels, out_channels, 3, (1, stride, stride), padding=1)
+        self.shortcut = nn.Conv3d(in_channels, out_channels, 1, (1, stride, stride))
+
+    def forward(self, x):
+        return (self.conv(x) + self.shortcut(x)).relu()
+
+
+class ResNet3d(nn.Sequential):
+    def __init__(self):
+        super().__init__()
+        self.res3 = nn.Sequential(Block3d(3, 6, 2), Block3d(6, 6, 1))
+        self.res4 = nn.Sequential(Block3d(6, 10, 2), Block3d(10, 10, 1))
+
+
+@pytest.mark.parametrize(("axes", "subsample"), [("spacetime", 2), ("space", 2), ("time", 1)])
+def test_3d_network(cfg, axes, subsample):
+    node = cfg.MODEL.NON_LOCAL
+    node.DIM, node.AXES, node.SUBSAMPLE, node.AFTER_BLOCKS.RES3 = 3, axes, subsample, (-1,)
+    network, clip = ResNet3d().double(), torch.randn(2, 3, 5, 14, 22).double()
+    stock = network(clip)
+    insert_non_local_blocks(network, **backbone_options(cfg))
+    assert torch.equal(network(clip), stock)
+    x = clip
+    for name in ("res3.0", "res3.1", "res3.non_local1", "res4.0", "res4.non_local0", "res4.1"):
+        module = network.get_submodule(name)
+        if isinstance(module, NonLocalBlock):
+            nn.init.normal_(module.conv_out.weight)
+            options = {"subsample": subsample, "axes": axes}
+            x = oracles.block(x, module.state_dict(), "embedded_gaussian", **options)
+        else:
+            x = module(x)
+    assert_close(network(clip), x)
+
+
+@pytest.mark.parametrize(
+    ("make", "dim", "own"), [(make_resnet, 3, 2), (make_resnet, 4, 2), (ResNet3d, 2, 3)]
+)
+def test_wrong_dimension(make, dim, own):
+    network = make()
+    with pytest.raises(ValueError, match=f"MODEL.NON_LOCAL.DIM.* must be {own}, .*got {dim}"):
+        insert_non_local_blocks(network, {"res3": [0], "res4": [0]}, dim=dim)
+    assert non_local_names(network) == []
+
+
 @pytest.mark.parametrize("freeze_at", [0, 2, 3])
 def test_blocks_train_behind_a_frozen_stage(nl_cfg, freeze_at):
     nl_cfg.MODEL.BACKBONE.FREEZE_AT = freeze_at
@@ -406,12 +385,6 @@ def test_second_insertion():
         insert_non_local_blocks(resnet, {"res4": [0]})
     insert_non_local_blocks(resnet, {"res4": [1]})  # indices count residual blocks alone
     assert [n for n, _ in resnet.res4.named_children()] == ["0", "non_local0", "1", "non_local1"]
-
-
-def test_frozen_bn_as_the_norm_of_the_blocks(nl_cfg):
-    nl_cfg.MODEL.NON_LOCAL.NORM = "FrozenBN"
-    with pytest.raises(ValueError, match=r"'FrozenBN'.*use one of"):
-        build_backbone(nl_cfg)
 
 
 def test_input_shape_reaches_the_stock_builder(nl_cfg):

@@ -15,11 +15,12 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone
 from detectron2.modeling.roi_heads import build_keypoint_head
 
-from nl_detectron import add_non_local_config
-from nl_detectron.config import load_config
+from nl_detectron import add_non_local_config, config
+from nl_detectron.config import load_config, without_blocks
 from tests import oracles
 
-# For each key, another value, and which of the two models it must change.
+# For each key, another value, and which of the two models it must change. DIM and AXES are of 3-D
+# backbones, see test_backbone.py.
 BOTH, BACKBONE, HEAD = {"backbone", "head"}, {"backbone"}, {"head"}
 OTHERS = {
     "PAIRWISE": ("gaussian", BOTH),
@@ -133,7 +134,7 @@ def test_copies(cfg, tmp_path):
 
 
 def test_no_key_is_forgotten_below(cfg):
-    assert set(OTHERS) == set(flat(cfg.MODEL.NON_LOCAL))
+    assert {*OTHERS, "DIM", "AXES"} == set(flat(cfg.MODEL.NON_LOCAL))
 
 
 @pytest.mark.parametrize("key", OTHERS)
@@ -147,15 +148,17 @@ def test_every_key_does_something(nl_cfg, key):
         assert (shapes != new_shapes or not torch.equal(out, new_out)) == (part in parts)
 
 
-def test_norm_and_subsample_of_the_head_are_its_own(nl_cfg):
+def test_head_has_its_own_norm_and_subsample_and_is_2d(nl_cfg):
     node = nl_cfg.MODEL.NON_LOCAL
     node.SUBSAMPLE, node.KEYPOINT_HEAD.SUBSAMPLE = 3, 2
     node.NORM, node.KEYPOINT_HEAD.NORM = "BN", "GN"
-    block = build(nl_cfg, "head").non_local2
-    assert (block.subsample, type(block.norm)) == (2, torch.nn.GroupNorm)
     block = build(nl_cfg, "backbone").res4.non_local4
     assert block.subsample == 3
     assert isinstance(block.norm, torch.nn.BatchNorm2d)
+    node.DIM, node.AXES = 3, "space"
+    block = build(nl_cfg, "head").non_local2
+    assert (block.subsample, type(block.norm)) == (2, torch.nn.GroupNorm)
+    assert (block.dim, block.axes) == (2, "spacetime")
 
 
 @pytest.mark.parametrize("builder", ["build_non_local_resnet_fpn", "build_resnet_fpn"])
@@ -205,6 +208,8 @@ def test_missing_node(nl_cfg, part):
     ("key", "value", "part", "message"),
     [
         ("PAIRWISE", "softmax", "backbone", "PAIRWISE.*'gaussian'.*got 'softmax'"),
+        ("DIM", 3, "backbone", "MODEL.NON_LOCAL.DIM.* must be 2, .*got 3"),
+        ("AXES", "space", "backbone", "axes 'space'.*key DIM.* must be 3, got 2"),
         ("REDUCTION", 0, "head", "reduction .*must be .*got 0"),
         ("SUBSAMPLE", 0, "backbone", "subsample .*must be .*got 0"),
         ("SUBSAMPLE_POSITION", "last", "head", "SUBSAMPLE_POSITION.*'after_conv'.*got 'last'"),
@@ -228,6 +233,64 @@ def test_values_of_another_type(cfg, key, value):
         cfg.merge_from_list([f"MODEL.NON_LOCAL.{key}", value])
 
 
+# As the version before wrote it, without DIM and AXES.
+OLD_CONFIG = """
+MODEL:
+  BACKBONE: {NAME: build_non_local_resnet_fpn_backbone}
+  NON_LOCAL:
+    ACTIVATION_CHECKPOINT: false
+    AFTER_BLOCKS: {RES2: [], RES3: [1, 3], RES4: [-2], RES5: []}
+    KEYPOINT_HEAD: {AFTER_CONVS: [2, 4, 6, 8], NORM: "", SUBSAMPLE: 1}
+    NORM: ""
+    PAIRWISE: embedded_gaussian
+    REDUCTION: 2
+    SCALE: true
+    SUBSAMPLE: 2
+    SUBSAMPLE_POSITION: before_conv
+"""
+
+
+def test_config_of_the_version_before(cfg, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(OLD_CONFIG)
+    cfg.MODEL.NON_LOCAL.AFTER_BLOCKS.RES3 = (1, 3)
+    assert load_config(file).MODEL.NON_LOCAL == cfg.MODEL.NON_LOCAL
+    assert (cfg.MODEL.NON_LOCAL.DIM, cfg.MODEL.NON_LOCAL.AXES) == (2, "spacetime")
+
+
+@pytest.mark.parametrize(
+    ("builder", "stock"),
+    [
+        ("build_non_local_resnet_backbone", "build_resnet_backbone"),
+        ("build_non_local_resnet_fpn_backbone", "build_resnet_fpn_backbone"),
+        (
+            "build_non_local_retinanet_resnet_fpn_backbone",
+            "build_retinanet_resnet_fpn_backbone",
+        ),
+    ],
+)
+def test_config_without_blocks(cfg, builder, stock):
+    cfg.MODEL.BACKBONE.NAME = stock
+    expected = cfg.clone()
+    assert without_blocks(expected) == expected
+    cfg.MODEL.BACKBONE.NAME = builder
+    cfg.MODEL.ROI_KEYPOINT_HEAD.NAME = "NonLocalKeypointHead"
+    cfg.freeze()
+    assert without_blocks(cfg) == expected
+    assert cfg.MODEL.BACKBONE.NAME == builder
+
+
+@pytest.mark.parametrize("key", ["BACKBONE", "ROI_KEYPOINT_HEAD"])
+def test_builder_without_a_known_stock_counterpart(cfg, key, monkeypatch):
+    cfg.MODEL[key].NAME = "build_non_local_vovnet"
+    known = "known: build_non_local_resnet_backbone, .*, NonLocalKeypointHead; .*STOCK_BUILDERS"
+    message = f"no stock counterpart .* MODEL.{key}.NAME 'build_non_local_vovnet'; {known}"
+    with pytest.raises(ValueError, match=message):
+        without_blocks(cfg)
+    monkeypatch.setitem(config.STOCK_BUILDERS, "build_non_local_vovnet", "build_vovnet")
+    assert without_blocks(cfg).MODEL[key].NAME == "build_vovnet"
+
+
 def test_load_config(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text("MODEL:\n  MASK_ON: True\n  NON_LOCAL:\n    REDUCTION: 4\n")
@@ -236,6 +299,17 @@ def test_load_config(tmp_path):
     assert cfg.MODEL.NON_LOCAL.REDUCTION == 1
     assert cfg.MODEL.DEVICE == ("cuda" if torch.cuda.is_available() else "cpu")
     assert load_config(file, ["MODEL.DEVICE", "meta"]).MODEL.DEVICE == "meta"
+
+
+def test_load_config_of_another_task(tmp_path):
+    def get_config():
+        return CfgNode({"VERSION": 2, "MODEL": {"DEVICE": "cpu", "CLIP": {"FRAMES": 8}}})
+
+    file = tmp_path / "config.yaml"
+    file.write_text("MODEL: {CLIP: {FRAMES: 4}}")
+    assert load_config(file, get_config=get_config).MODEL.CLIP.FRAMES == 4
+    with pytest.raises(ValueError, match=r"MODEL.FRAMES; did you mean MODEL.CLIP.FRAMES\?"):
+        load_config(file, ["MODEL.FRAMES", 4], get_config)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,10 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nl_detectron.non_local import NORMS, NonLocalBlock
+from nl_detectron.config import without_blocks
+from nl_detectron.non_local import NonLocalBlock, find_blocks
+from nl_detectron.norm import NORMS
+from tests.test_backbone import PRESETS, set_blocks, with_random_statistics
 
 SIZE = (64, 96)
 BOXES = [[10.0, 5.0, 70.0, 60.0], [30.0, 20.0, 90.0, 50.0]]
@@ -61,6 +64,34 @@ def total_loss(model, batch):
         losses = model(batch)
     assert "loss_keypoint" in losses
     return sum(losses.values())
+
+
+def test_detector_is_the_stock_detector_when_new(small_cfg):
+    """Losses and predictions, bit by bit, blocks in the backbone and in the keypoint head."""
+    small_cfg.MODEL.BACKBONE.NAME = "build_non_local_resnet_fpn_backbone"
+    small_cfg.MODEL.ROI_KEYPOINT_HEAD.NAME = "NonLocalKeypointHead"
+    set_blocks(small_cfg, PRESETS[50, 5])
+    stock, ours = build_model(without_blocks(small_cfg)), build_model(small_cfg)
+    missing, unexpected = ours.load_state_dict(
+        with_random_statistics(stock).state_dict(), strict=False
+    )
+    assert unexpected == []
+    assert all(".non_local" in key for key in missing)
+    assert len(find_blocks(ours)) == 5 + 4
+
+    batch, results = training_inputs(), []
+    for model in (stock, ours):
+        torch.manual_seed(1)  # proposals are sampled
+        with EventStorage(), torch.no_grad():
+            losses = model.train()(batch)
+            found = model.eval()(batch)[0]["instances"].get_fields()
+        results.append({**losses, **found, "pred_boxes": found["pred_boxes"].tensor})
+    expected, got = results
+    assert len(expected["scores"]) > 0
+    assert set(expected) == set(got)
+    named = {"pred_boxes", "pred_masks", "pred_keypoints", "loss_mask", "loss_keypoint"}
+    assert named <= set(expected)
+    assert all(torch.equal(got[k], expected[k]) for k in expected)
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from nl_detectron import NonLocalBlock, non_local, ops, paths
+from nl_detectron.norm import NORMS
 from tests import oracles
 
 C = 32  # GN has 32 groups
@@ -20,7 +21,7 @@ MAPS = {
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 FORMS = [(pairwise, path) for pairwise, names in ops.PATHS.items() for path in names]
 forms = pytest.mark.parametrize(("pairwise", "path"), FORMS)
-norms = pytest.mark.parametrize("norm", non_local.NORMS)
+norms = pytest.mark.parametrize("norm", NORMS)
 
 
 @pytest.fixture(autouse=True)

@@ -10,13 +10,14 @@ from torch import nn
 from torch.testing import assert_close
 
 from nl_detectron import NonLocalBlock, non_local, ops
+from nl_detectron.norm import NORMS
 from tests import oracles
 
 # Sizes that are all different primes, so that no two axes can be exchanged unnoticed.
 N, C, D = 2, 22, 11
 MAPS = {1: (7,), 2: (5, 7), 3: (3, 5, 7)}
 pairwises = pytest.mark.parametrize("pairwise", ops.PAIRWISE)
-norms = pytest.mark.parametrize("norm", non_local.NORMS)
+norms = pytest.mark.parametrize("norm", NORMS)
 dims = pytest.mark.parametrize("dim", MAPS)
 
 EMBEDDED = ["theta.weight", "theta.bias", "phi.weight", "phi.bias"]
@@ -73,20 +74,14 @@ def test_oracle_of_the_scale(pairwise):
     assert_close(block(x), oracles.block(x, block.state_dict(), pairwise, scale=False))
 
 
-@pytest.mark.parametrize("size", [(7, 1), (1, 7), (1, 1), (2, 3)])
+@pytest.mark.parametrize(
+    ("size", "stride"), [((7, 1), 2), ((1, 7), 2), ((1, 1), 2), ((2, 3), 2), ((5, 11), 3)]
+)
 @pytest.mark.parametrize("position", non_local.SUBSAMPLE_POSITIONS)
-def test_maps_as_narrow_as_the_stride(size, position):
-    block = make(subsample=2, subsample_position=position)
-    x = torch.randn(N, C, *size).double()
-    expected = oracles.block(
-        x, block.state_dict(), block.pairwise, subsample=2, subsample_position=position
-    )
-    assert_close(block(x), expected)
-
-
-def test_subsample_by_three():
-    block, x = make(subsample=3), torch.randn(N, C, 5, 11).double()
-    assert_close(block(x), oracles.block(x, block.state_dict(), block.pairwise, subsample=3))
+def test_stride_of_the_pooling_and_maps_as_narrow_as_it(size, stride, position):
+    options = {"subsample": stride, "subsample_position": position}
+    block, x = make(**options), torch.randn(N, C, *size).double()
+    assert_close(block(x), oracles.block(x, block.state_dict(), block.pairwise, **options))
 
 
 @pairwises
@@ -220,14 +215,6 @@ def test_norm_is_that_of_the_dimension(dim):
         assert_close(block.norm.running_var, norm.running_var)
 
 
-def test_group_norm_has_32_groups():
-    block, x = make(64, dim=3, norm="GN"), sample(3, c=64)
-    norm = nn.GroupNorm(32, 64).double()
-    norm.load_state_dict(block.norm.state_dict())
-    expected = oracles.block(x, block.state_dict(), block.pairwise) - x
-    assert_close(block(x), x + norm(expected))
-
-
 @dims
 @norms
 def test_freeze(norm, dim):
@@ -243,7 +230,7 @@ def test_freeze(norm, dim):
     assert_close(list(block.buffers()), buffers)
 
 
-@pytest.mark.parametrize("norm", non_local.NORMS)
+@norms
 @pairwises
 def test_memory_layout_of_the_map_is_kept(pairwise, norm):
     block, x = make(32, pairwise=pairwise, subsample=2, norm=norm), sample(2, c=32)
@@ -252,29 +239,6 @@ def test_memory_layout_of_the_map_is_kept(pairwise, norm):
         for mode in (block.train(), block.eval()):
             y = mode(x.to(memory_format=memory_format))
             assert y.is_contiguous(memory_format=memory_format)
-
-
-def saved_bytes(function, *args):
-    """What a function saves for its backward pass, the parameters included."""
-    saved = {}
-
-    def pack(t):
-        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = function(*args)
-    return sum(saved.values()), y
-
-
-@pytest.mark.parametrize("norm", ["", "BN"])
-@pairwises
-def test_activation_checkpoint_saves_less(pairwise, norm):
-    block, x = make(pairwise=pairwise, norm=norm), sample(2).requires_grad_()
-    other = NonLocalBlock(C, pairwise=pairwise, norm=norm, activation_checkpoint=True).double()
-    other.load_state_dict(block.state_dict())
-    (more, _), (less, _) = saved_bytes(block, x), saved_bytes(other, x)
-    assert less < 0.6 * more
 
 
 @pytest.mark.parametrize("factor", [1, 16, 256])
@@ -318,13 +282,8 @@ def test_attention(pairwise, scale):
     identity = torch.eye(6, dtype=torch.float64).expand(N, 6, 6)
     rows = [t.flatten(2).transpose(1, 2) for t in (theta, phi)]
     assert_close(attention, oracles.operation(*rows, identity, pairwise, scale, w_f))
-
-
-@pairwises
-def test_attention_of_chosen_queries(pairwise):
-    block, x = make(pairwise=pairwise, subsample=2), sample(2)
     queries = torch.tensor([34, 0, 11])
-    assert_close(block.attention(x, queries), block.attention(x)[:, queries])
+    assert_close(block.attention(x, queries), attention[:, queries])
 
 
 @pytest.mark.parametrize(
@@ -344,14 +303,60 @@ def test_pool_window(dim, subsample, size, window, keys):
 
 
 @pytest.mark.parametrize(
+    ("pairwise", "large", "large_without_gradient"),
+    [
+        ("gaussian", "blocked", "blocked"),  # theta has more channels than g
+        ("embedded_gaussian", "blocked", "fused"),
+        ("dot_product", "linear", "linear"),
+        ("concatenation", "sorted", "sorted"),
+    ],
+)
+def test_path_for(pairwise, large, large_without_gradient):
+    block = make(pairwise=pairwise)
+    small_map, large_map = torch.randn(1, C, 1, 2).double(), torch.randn(1, C, 23, 23).double()
+    assert (block.path_for(small_map), block.path_for(large_map)) == ("naive", large)
+    with torch.no_grad():
+        assert block.path_for(large_map) == large_without_gradient
+    block.path = "naive"
+    assert block.path_for(large_map) == "naive"
+    block.path = "texbook"
+    for function in (block, block.path_for):
+        with pytest.raises(ValueError, match="path must be one of .* got 'texbook'"):
+            function(small_map)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({}, "pairwise=embedded_gaussian, scale=True, path=blocked, subsample=1"),
+        (
+            {"pairwise": "gaussian", "subsample": 2},
+            "pairwise=gaussian, path=blocked, subsample=2, subsample_position=before_conv",
+        ),
+        (
+            {"pairwise": "gaussian", "dim": 3, "axes": "time", "activation_checkpoint": True},
+            "pairwise=gaussian, path=blocked, subsample=1, axes=time, activation_checkpoint=True",
+        ),
+    ],
+    ids=str,
+)
+def test_print(options, text):
+    block = NonLocalBlock(C, **options)
+    chosen = text.replace("path=blocked", "path chosen by size")
+    for path, expected in ((None, chosen), ("blocked", text)):
+        block.path = path
+        assert str(block).splitlines()[1].strip() == expected
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"dim": 4}, r"dim .*must be one of \(1, 2, 3\), got 4"),
         ({"pairwise": "softmax"}, "pairwise .*PAIRWISE.*'embedded_gaussian'.*got 'softmax'"),
         ({"subsample_position": "mid"}, "subsample_position .*'before_conv', 'after_conv'.*'mid'"),
         ({"dim": 3, "axes": "both"}, "axes .*'spacetime', 'space', 'time'.*got 'both'"),
-        ({"axes": "space"}, r"axes .*\('spacetime',\), got 'space'"),
-        ({"dim": 3, "axes": "time", "subsample": 2}, "axes 'time'.*subsample must be 1, got 2"),
+        ({"axes": "space"}, r"axes 'space': dim \(config key DIM\) must be 3, got 2"),
+        ({"dim": 3, "axes": "time", "subsample": 2}, "axes 'time'.*subsample .*must be 1, got 2"),
         ({"norm": "FrozenBN"}, r"norm 'FrozenBN'.*use one of \('', 'BN', 'SyncBN', 'GN'\)"),
         ({"norm": "LN"}, r"norm .*\('', 'BN', 'SyncBN', 'GN'\), got 'LN'"),
         ({"norm": "GN"}, "norm 'GN' has 32 groups: in_channels .*got 22"),

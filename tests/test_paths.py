@@ -16,14 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nl_detectron import ops, paths
 from tests import oracles
-from tests.test_ops import operate, sample
+from tests.test_ops import FORMS, operate, sample
 
 LEAN = [(p, path) for p, names in ops.PATHS.items() for path in names if path != "naive"]
 
 
-@settings(deadline=None, max_examples=50, derandomize=True)
+@settings(deadline=None, max_examples=75, derandomize=True)
 @given(
-    case=st.sampled_from(LEAN),
+    form=st.sampled_from(FORMS),
     shape=st.tuples(
         *[st.integers(low, high) for low, high in [(0, 3), (0, 9), (0, 9), (1, 5), (1, 5)]]
     ),
@@ -32,24 +32,24 @@ LEAN = [(p, path) for p, names in ops.PATHS.items() for path in names if path !=
     mask=st.booleans(),
     seed=st.integers(0, 999),
 )
-def test_every_path(case, shape, size, integers, mask, seed):
+def test_every_path(form, shape, size, integers, mask, seed):
     torch.manual_seed(seed)
     args = sample(*shape)
     if integers:  # many equal scores, and many a_i + b_j that are 0
         args = [t.round() for t in args]
     args = [size * t for t in args]
     key_mask = torch.rand(args[1].shape[:2]) > 0.5 if mask else None
-    pairwise, path = case
-    y = operate((pairwise, True, path), *args, key_mask)
+    pairwise, scale, _ = form
+    y = operate(form, *args, key_mask)
     theta, phi, g, w_f = args
     if size == 1e15 and pairwise in ("gaussian", "embedded_gaussian"):
         # Rounding decides which key wins, but the mean that a softmax gives stays one.
         return assert_close(y, y.clamp(-g.abs().max(), g.abs().max()) if g.numel() else y)
-    expected = oracles.plain_operation(theta, phi, g, pairwise, True, w_f, key_mask)
+    expected = oracles.plain_operation(theta, phi, g, pairwise, scale, w_f, key_mask)
     # Terms may cancel: what counts is the size of the largest. Logits of the Gaussian forms grow
     # with the square of the features, and so does the error of the softmax.
     theta, phi, g, w_f = (t.abs() for t in args)
-    largest = oracles.plain_operation(theta, phi, g, pairwise, True, w_f, key_mask)
+    largest = oracles.plain_operation(theta, phi, g, pairwise, scale, w_f, key_mask)
     tolerance = 1e-12 * largest.max().item() if largest.numel() else 0.0
     assert_close(y, expected, rtol=1e-9, atol=tolerance)
 

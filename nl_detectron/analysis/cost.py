@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from nl_detectron import ops
 from nl_detectron.non_local import NonLocalBlock
 
 
@@ -62,9 +61,7 @@ def block_cost(
     with FakeTensorMode(allow_non_fake_inputs=True):
         block.to_empty(device=device)
         x = torch.empty(shape, device=device, requires_grad=True)
-        theta, phi, g, _ = block._embed(x)
-        path = block.path or ops.choose_path(block.pairwise, theta, phi, g, block.scale)
-        del theta, phi, g
+        path = block.path_for(x)
         saved = saved_bytes(block, x)[0]
         with _LiveTensors() as live:
             y = block(x)

@@ -1,0 +1,66 @@
+"""The norm after the output convolution of a block.
+
+Shapes: N batch, C channels, P positions; "map" is (N, C, W), (N, C, H, W) or (N, C, T, H, W).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from detectron2.layers import FrozenBatchNorm2d, get_norm
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+NORMS = ("", "BN", "SyncBN", "GN")
+
+CONV_FUNCTION = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class FlatBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm of a map with its positions flattened, (N, C, P).
+
+    On a CPU, PyTorch 2.15 can misread the memory layout of a 4-D or 5-D map with an axis of length
+    1 and return wrong gradients without an error. A flat map has only one layout. Subclasses
+    ``BatchNorm2d`` so that detectron2's ``freeze()`` recognises it.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() != 3:
+            raise ValueError(f"expected a map (N, C, P), got shape {tuple(input.shape)}")
+
+
+def make_norm(norm: str, channels: int) -> nn.Module | None:
+    """Create one of :data:`NORMS`, for :func:`conv_and_norm`.
+
+    Raises:
+        ValueError: another norm, or a number of channels that ``GN`` cannot divide into groups.
+    """
+    if norm == "FrozenBN":
+        raise ValueError(
+            "norm 'FrozenBN' has no parameters, so a new block could never learn; "
+            f"use one of {NORMS}. The norm of the backbone is a different key."
+        )
+    if norm not in NORMS:
+        raise ValueError(f"norm (config key NORM) must be one of {NORMS}, got {norm!r}")
+    if norm == "GN" and channels % 32:
+        raise ValueError(
+            f"norm 'GN' has 32 groups: in_channels must be a multiple of 32, got {channels}"
+        )
+    return get_norm(FlatBatchNorm2d if norm == "BN" else norm, channels)
+
+
+def conv_and_norm(y: Tensor, conv: Any, norm: Any) -> Tensor:
+    """Apply a convolution with a kernel of size 1, then its norm, to a map y."""
+    if norm is None:
+        return conv(y)
+    frozen = isinstance(norm, FrozenBatchNorm2d)
+    if frozen or (isinstance(norm, _BatchNorm) and not norm.training):
+        # The norm is a constant affine function: fold it into the convolution.
+        factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        weight = conv.weight * factor.view(-1, *[1] * (y.dim() - 1))
+        bias = norm.bias + (conv.bias - norm.running_mean) * factor
+        return CONV_FUNCTION[y.dim() - 2](y, weight, bias)
+    out = conv(y)
+    # Contiguous, because PyTorch takes twice as long on strided rows.
+    return norm(out.flatten(2).contiguous()).view_as(out)
