@@ -146,12 +146,14 @@ def _detect(model: Any, inputs: dict[str, Any], image_size: Sequence[int]) -> _F
     height, width = inputs["image"].shape[1:]
     scale = np.array([image_size[1] / width, image_size[0] / height])
     boxes = found.pred_boxes.tensor.cpu().numpy()
-    joints = found.pred_keypoints.cpu().numpy() if found.has("pred_keypoints") else boxes[:, :0]
+    joints = np.zeros((len(boxes), 0, 3))
+    if found.has("pred_keypoints"):
+        joints = found.pred_keypoints.cpu().numpy()
     return _Found(
         boxes * np.tile(scale, 2),
         found.scores.cpu().numpy(),
         found.pred_classes.cpu().numpy(),
-        joints.reshape(len(boxes), -1, 3)[..., :2] * scale,
+        joints[..., :2] * scale,
     )
 
 

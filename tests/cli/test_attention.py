@@ -116,6 +116,14 @@ class TestVisualizeAttention:
         assert re.search(message, capsys.readouterr().err)
         assert list((files / "out").iterdir()) == []
 
+    def test_pixel_where_a_model_without_keypoints_detects_nothing(self, files, command):
+        model = torch.load(files / "model.pth")["model"]
+        model = {name: value for name, value in model.items() if "keypoint_head" not in name}
+        torch.save({"model": model}, files / "model.pth")
+        options = ["MODEL.KEYPOINT_ON", "False", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "1.0"]
+        command("visualize_attention", "pair.png", "--query", "9,5", "--output", files, *options)
+        assert (files / "pair.res4.non_local4.9_5.npz").exists()
+
     def test_joint_by_a_name_that_is_stored_with_the_weights(self, files, command):
         names = ["tip", "left_wrist", "c", "d", "e"]
         checkpoint = torch.load(files / "model.pth")
