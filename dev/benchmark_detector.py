@@ -1,8 +1,8 @@
 """What the blocks of a config cost its whole detector: time of inference and of training.
 
-The detector and its stock twin have the same random weights, see the same random image, keep a
-fixed number of detections, and take turns in one process. What is printed is the median of the
-ratios of their times with its quartiles, and the share of the blocks themselves in the time.
+The detectors with and without blocks have the same random weights, see the same random image, keep
+a fixed number of detections, and take turns in one process. Printed are the median and quartiles of
+the ratios of their times, and the share of the blocks themselves in the time.
 
     python dev/benchmark_detector.py
     python dev/benchmark_detector.py --train --rounds 5
@@ -57,9 +57,9 @@ def now() -> float:
 
 
 def build(cfg: CfgNode) -> tuple[nn.Module, nn.Module]:
-    """Build a stock detector that finds as many objects as it may, and its twin with blocks.
+    """Build a stock detector that finds as many objects as it may, and the same with blocks.
 
-    The twin's blocks are new, so it finds the same: detectors take longer for more proposals.
+    The blocks are new, so both find the same: detectors take longer for more proposals.
     """
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
     torch.manual_seed(0)

@@ -224,9 +224,11 @@ def race(case: Case, names: list[str], seconds: float) -> dict[str, list[float]]
 
 def chosen_path(case: Case) -> str:
     """Return the path that the block takes by itself."""
+    block: Any
     block, x = build(case, "naive")
-    theta, phi, g, _ = block._embed(x)  # type: ignore[attr-defined]
-    return ops.choose_path(case.pairwise, theta, phi, g)
+    block.path = None
+    with torch.set_grad_enabled(case.backward):
+        return block.path_for(x)
 
 
 def measure(case: Case, seconds: float) -> dict[str, Any]:

@@ -121,7 +121,7 @@ class TestVisualizeAttention:
         model = {name: value for name, value in model.items() if "keypoint_head" not in name}
         torch.save({"model": model}, files / "model.pth")
         options = ["MODEL.KEYPOINT_ON", "False", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "1.0"]
-        command("visualize_attention", "pair.png", "--query", "9,5", "--output", files, *options)
+        command("attention", "pair.png", "--query", "9,5", "--output", files, *options)
         assert (files / "pair.res4.non_local4.9_5.npz").exists()
 
     def test_joint_by_a_name_that_is_stored_with_the_weights(self, files, command):
