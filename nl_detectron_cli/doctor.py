@@ -230,9 +230,9 @@ CHECKS = (
 )
 
 
-def tested() -> list[dict[str, str]]:
+def combinations(path: Path = TESTED) -> list[dict[str, str]]:
     """Return the combinations of versions that the whole test suite passed on."""
-    return json.loads(TESTED.read_text(encoding="utf-8")) if TESTED.exists() else []
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
 def report(checks: list[Check]) -> str:
@@ -248,13 +248,13 @@ def report(checks: list[Check]) -> str:
     return "\n".join(lines)
 
 
-def matrix(combinations: list[dict[str, str]]) -> str:
+def matrix(rows: list[dict[str, str]]) -> str:
     """Lay the combinations out as a table."""
-    if not combinations:
+    if not rows:
         return "no combination of versions is recorded"
-    rows = [list(combinations[0]), *(list(row.values()) for row in combinations)]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)) for row in rows)
+    table = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = ("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)) for row in table)
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -276,7 +276,8 @@ def main(argv: list[str] | None = None) -> None:
     """Print the report, and exit with 0, 1 or 2."""
     args = parse_args(argv)
     if args.matrix:
-        print(json.dumps(tested(), indent=2) if args.json else matrix(tested()))
+        rows = combinations()
+        print(json.dumps(rows, indent=2) if args.json else matrix(rows))
         return
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # each check waits for its own processes
         checks = [check for found in pool.map(lambda run: run(), CHECKS) for check in found]

@@ -12,6 +12,11 @@ from nl_detectron import add_non_local_config
 from nl_detectron.engine.coco.files import register_coco_files
 from tests.generated_coco import write_coco
 from tests.running import forget_custom_data
+from tests.tested import record
+
+
+def pytest_sessionfinish(session, exitstatus):
+    record(session.config, exitstatus)
 
 
 @pytest.fixture(autouse=True)

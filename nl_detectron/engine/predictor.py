@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,8 @@ from detectron2 import engine
 from detectron2.config import CfgNode
 
 from nl_detectron.engine.checkpoint import StrictCheckpointer
+
+logger = logging.getLogger(__name__)
 
 
 class Predictor(engine.DefaultPredictor):
@@ -35,6 +38,8 @@ class Predictor(engine.DefaultPredictor):
         cfg.MODEL.WEIGHTS = ""  # stock would load any, whatever they lack
         with model_errors():
             super().__init__(cfg)
+        if not weights:
+            logger.warning("No weights are given: the model has its initial, random values.")
         StrictCheckpointer(self.model, complete=True).load(weights)
 
     def network_input(self, image: np.ndarray) -> dict[str, Any]:

@@ -218,9 +218,10 @@ def test_mistakes(files, command, tool, image, options, message):
         command(tool, image, *(looking if tool == "attention" else []), *options)
 
 
-def test_health_of_random_weights(command, capsys):
+def test_health_of_random_weights(command, capsys, caplog):
     command("health", "pair.png", "--weights", "", "MODEL.KEYPOINT_ON", "False")
     assert "1 images done, 0 skipped" in capsys.readouterr().out
+    assert "No weights are given: the model has its initial, random values." in caplog.messages
 
 
 def test_health(files, command, capsys):

@@ -50,7 +50,7 @@ def test_arguments_go_to_the_command(command, monkeypatch, capsys):
     assert (code, output.splitlines()[0][:31]) == (0, "usage: nl-detectron overfit [-h")
     monkeypatch.setattr("sys.argv", ["nl-detectron", "doctor", "--matrix", "--json"])
     nl_detectron_cli.main()
-    assert json.loads(capsys.readouterr().out) == doctor.tested()
+    assert json.loads(capsys.readouterr().out) == doctor.combinations()
 
 
 def test_config_by_its_name_or_path(tmp_path, monkeypatch):
