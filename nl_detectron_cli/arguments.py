@@ -46,6 +46,14 @@ def add_config_file(
     )
 
 
+class Renamed(argparse.Action):
+    """An option of an earlier version, refused with its new name, ``const``."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        """Refuse it."""
+        parser.error(f"{self.option_strings[0]} is now called {self.const}")
+
+
 def argument_parser(description: str) -> argparse.ArgumentParser:
     """The arguments of detectron2's train_net, and ours."""
     parser = argparse.ArgumentParser(
@@ -96,6 +104,9 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
         metavar="PREFIX",
         help="a part of the model to start from scratch, such as roi_heads.box_predictor; all else "
         "but non-local blocks must be in the checkpoint; may be given several times",
+    )
+    parser.add_argument(
+        "--may-lack", action=Renamed, const="--allow-missing", help=argparse.SUPPRESS
     )
     parser.add_argument(
         "--allow-partial",
