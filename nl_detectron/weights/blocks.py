@@ -171,9 +171,7 @@ class Block:
         """Whether the output depends on an option, given the others."""
         if option == "scale":
             return self.options.get("pairwise") in ("embedded_gaussian", None)
-        if option == "subsample_position":
-            return self.options.get("subsample") != 1
-        return option != "axes" or self.options["dim"] == 3
+        return option != "subsample_position" or self.options.get("subsample") != 1
 
     def _infer_pairwise(self, dialect: Dialect) -> str | None:
         has_theta, has_phi = (f"{name}.weight" in self.tensors for name in ("theta", "phi"))

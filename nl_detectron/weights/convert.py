@@ -184,7 +184,7 @@ def _add_running_statistics(network: _Entries) -> None:
     """Give norms of scale and bias alone the running statistics that change nothing."""
     for key in [key for key in network if key.endswith("norm.weight")]:
         mean, var = (key.replace("weight", f"running_{name}") for name in ("mean", "var"))
-        if mean not in network:
+        if mean not in network and var not in network:
             ones = torch.ones_like(network[key].tensor)
             network |= {mean: _Entry(0 * ones, None), var: _Entry(ones - EPS, None)}
 

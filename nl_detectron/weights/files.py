@@ -130,10 +130,9 @@ def _load_torch(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused is None:
-            raise
         # torch's own message ends with the advice to set weights_only=False.
-        raise pickle.UnpicklingError(_REFUSAL.format(refused[1])) from None
+        reason = _REFUSAL.format(refused[1]) if refused else "it is damaged, or not a checkpoint"
+        raise pickle.UnpicklingError(reason) from None
 
 
 def _load_pickle(path: Path) -> Any:

@@ -258,13 +258,10 @@ class TestChanges:
         peer.state = result.state
         assert_close(peer(x), block(x))
 
-    @pytest.mark.parametrize("pairwise", set(PAIRWISE) - {"embedded_gaussian"})
-    def test_scale_of_other_forms_is_left_alone(self, pairwise):
-        state = NonLocalBlock(C, pairwise=pairwise).state_dict()
-        known = given(pairwise=pairwise, subsample=1, scale=True)
-        result = convert(state, "nl_detectron", "alexhex7", known)
-        for old, new in result.mapped.items():
-            assert torch.equal(result.state[new].flatten(), state[old].flatten())
+    @pytest.mark.parametrize("pairwise", PAIRWISE)
+    def test_scale_goes_into_theta_only_where_it_matters(self, pairwise):
+        peer, x = Peer("alexhex7", pairwise, 2, False, False), random_map(2)
+        assert_close(in_ours(peer, x, scale=True, pairwise=pairwise)[1], peer(x))
 
     def test_video_block_on_a_single_frame(self):
         peer, x = Peer("slowfast", "embedded_gaussian", 3, True, True), random_map(2)
@@ -315,6 +312,7 @@ class TestErrors:
             ({"in_channels": 32, "norm": "GN"}, "slowfast", {}, "norm is 'GN'; 'BN' would"),
             ({"in_channels": 32, "norm": "GN"}, "pytorchvideo", {}, "norm is 'GN'; 'BN' would"),
             ({"dim": 3}, "pytorchvideo", {"axes": "time"}, "axes is 'time'; 'spacetime' would"),
+            ({"dim": 3}, "mmcv", {"dim": 2, "axes": "time"}, "axes is 'time'; 'spacetime' would"),
             ({}, "mmcv", {"pairwise": "gaussian"}, "with these weights, pairwise must be one of"),
             ({}, "pytorchvideo", {"scale": False}, "give pairwise in options, as --block"),
             ({}, "pytorchvideo", {"reduction": 4}, "reduction is 2; 4 would change"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from fnmatch import fnmatch
 
 import pytest
@@ -161,10 +162,12 @@ class TestCaffe2:
 
     def test_norms_that_only_scale(self, blobs):
         """Detectron's ImageNet models: FrozenBN needs statistics with which it is the same."""
-        blobs = {k: v for k, v in blobs.items() if "nonlocal" not in k}
-        blobs = {k: v for k, v in blobs.items() if not k.endswith(("_rm", "_riv"))}
+        blobs = {
+            k: v for k, v in blobs.items() if not ("nonlocal" in k or k.endswith(("_rm", "_riv")))
+        }
         result = convert(blobs, "caffe2", "detectron2")
         assert_accounted(blobs, result)
+        assert result.state["stem.conv1.weight"].dim() == 4
         norm, key = FrozenBatchNorm2d(128), "res3.1.conv2.norm."
         norm.load_state_dict(
             {k.removeprefix(key): v for k, v in result.state.items() if k.startswith(key)}
@@ -172,6 +175,13 @@ class TestCaffe2:
         s, b = (torch.from_numpy(blobs[f"res3_1_branch2b_bn_{n}"]).view(-1, 1, 1) for n in "sb")
         x = torch.randn(2, 128, 3, 3)
         assert_close(norm(x), x * s + b, rtol=1e-6, atol=1e-6)
+
+    def test_blocks_alone_go_to_slowfast(self, blobs):
+        for key in [k for k in blobs if k.endswith(("_rm", "_riv")) and "nonlocal" not in k]:
+            del blobs[key]
+        result = convert(blobs, "caffe2", "slowfast")
+        assert_accounted(blobs, result)
+        assert set(result.mapped) == {key for key in blobs if "nonlocal" in key}
 
     @pytest.mark.parametrize(
         ("blob", "shape", "message"),
@@ -261,6 +271,14 @@ class TestTool:
         assert "STRIDE_IN_1X1 False" in out
         run("detectron2", "torchvision", files=("out.pkl", "back.pth"))
         assert_same_bits(state, torch.load("back.pth"))
+        run("torchvision", "nl_detectron", "--config-file", CONFIG)
+        assert not load("out.pth")[0]["res4.non_local0.conv_out.weight"].any()
+
+    def test_says_what_is_assumed_of_a_block(self, run):
+        torch.save(NonLocalBlock(8, norm="BN").state_dict(), "in.pth")
+        out = run("nl_detectron", "timm")
+        assert "  SCALE True (assumed; please check)\n" in out
+        assert "STRIDE_IN_1X1" not in out  # there is no ResNet
 
     def test_prints_what_the_config_must_set(self, run):
         torch.save({"state_dict": mmcv_network()[1], "meta": {"epoch": 3}}, "in.pth")
@@ -279,20 +297,25 @@ class TestTool:
         cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
         stock = build_model(cfg).state_dict()
         torch.save({"model": stock, "iteration": 7}, "in.pth")
-        run("detectron2", "nl_detectron", "--config-file", CONFIG)
+        out = run("detectron2", "nl_detectron", "--config-file", CONFIG)
+        assert re.search(r"\n8 added: of a new block\n  [^,]+(, [^,]+){3}, \.\.\.\n", out)
         added = load("out.pth")[0]
         assert added.keys() == ours.keys()
         assert not added["backbone.bottom_up.res4.non_local0.conv_out.weight"].any()
         run("nl_detectron", "detectron2", files=("out.pth", "back.pth"))
         assert_same_bits(stock, load("back.pth")[0])
 
-    @pytest.mark.parametrize("kind", ["mask_rcnn_R_18_NL_FPN", "keypoint_rcnn_R_18_NL_FPN_NLhead"])
-    def test_config_supplies_what_weights_do_not_show(self, kind, run, cfg):
+    @pytest.mark.parametrize(
+        ("kind", "subsample"),
+        [("mask_rcnn_R_18_NL_FPN", {"2"}), ("keypoint_rcnn_R_18_NL_FPN_NLhead", {"1", "2"})],
+    )
+    def test_config_supplies_what_weights_do_not_show(self, kind, subsample, run, cfg):
         config = QUICK / f"{kind}_overfit.yaml"
         cfg.merge_from_file(str(config))
         torch.save({"model": build_model(cfg).state_dict()}, "in.pth")
         out = run("nl_detectron", "nl_detectron", "--config-file", config)
         assert "  PAIRWISE embedded_gaussian\n" in out
+        assert set(re.findall(r"  SUBSAMPLE (\d)\n", out)) == subsample
         assert "not show" not in out
         assert_same_bits(load("in.pth")[0], load("out.pth")[0])
 
