@@ -122,6 +122,12 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
         "the model has no place for them",
     )
     parser.add_argument(
+        "--scale-lr",
+        action="store_true",
+        help="scale learning rate, iterations and periods linearly from the batch size of the "
+        "config to that of SOLVER.IMS_PER_BATCH on the command line; keys given there stay",
+    )
+    parser.add_argument(
         "opts", nargs=argparse.REMAINDER, help="config keys and values, such as SOLVER.BASE_LR 0.01"
     )
     return parser

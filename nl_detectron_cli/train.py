@@ -31,10 +31,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="log every N iterations what the non-local blocks do; 0 is off (default: %(default)s)",
     )
     args = parser.parse_args(argv)
-    if args.eval_only and (args.allow_missing or args.strip_blocks):
+    if args.eval_only and (args.allow_missing or args.strip_blocks or args.scale_lr):
         parser.error(
-            "--allow-missing, --allow-partial and --strip-blocks are for training: --eval-only "
-            "takes the whole model that a training left"
+            "--allow-missing, --allow-partial, --strip-blocks and --scale-lr are for training: "
+            "--eval-only takes the whole model that a training left"
         )
     return args
 

@@ -25,7 +25,7 @@ ROOMS = {
     "weights": "dialects names blocks files convert report config_blocks",
     "analysis": "geometry drawing.colors drawing.canvas drawing.figures attention queries "
     "health cost detector_cost",
-    "engine": "console frames checkpoint predictor trainer ablation launch "
+    "engine": "console frames checkpoint predictor schedule trainer ablation launch "
     "coco.flipping coco.files coco.metadata coco.data_sets coco.evaluation coco.results "
     "coco.trainer",
 }

@@ -32,7 +32,8 @@ def coco_ap(json_file, results, task):
 
 def test_trains_and_compares_twins(custom_data, tmp_path):
     command = ["tools/ab.py", "--config-file", CONFIG, *custom_data_arguments(custom_data, "train")]
-    command += [*custom_data_arguments(custom_data, "test"), "OUTPUT_DIR", tmp_path, *TINY]
+    command += [*custom_data_arguments(custom_data, "test"), "--scale-lr", "OUTPUT_DIR", tmp_path]
+    command += [*TINY, "SOLVER.IMS_PER_BATCH", "1"]
     done = run(*command, "TEST.EVAL_PERIOD", "0", "SOLVER.MAX_ITER", "3", "SEED", "-1")
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stdout + done.stderr
@@ -62,6 +63,7 @@ def test_trains_and_compares_twins(custom_data, tmp_path):
     assert (tmp_path / "losses.png").stat().st_size > 10_000
     for twin, builder in (("stock", "build_resnet"), ("non_local", "build_non_local_resnet")):
         assert (tmp_path / twin / "model_final.pth").exists()
+        assert "  BASE_LR: 0.005\n" in (tmp_path / twin / "config.yaml").read_text()
         assert f"NAME: {builder}_fpn_backbone" in (tmp_path / twin / "config.yaml").read_text()
 
 

@@ -85,7 +85,7 @@ def test_refused(options, kwargs, message, evaluate):
 
 
 @pytest.mark.parametrize(
-    "option", ["--allow-missing=roi_heads", "--allow-partial", "--strip-blocks"]
+    "option", ["--allow-missing=roi_heads", "--allow-partial", "--strip-blocks", "--scale-lr"]
 )
 def test_options_of_a_training(option, capsys):
     with pytest.raises(SystemExit):

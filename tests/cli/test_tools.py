@@ -122,8 +122,16 @@ class TestTrainNet:
     def test_own_keypoints_train_and_evaluate(self, custom_data, tmp_path):
         command = ["tools/train_net.py", "--config-file", self.CONFIG]
         command += custom_data_arguments(custom_data, "train", "test")
-        command += ["--health-period", "1", "--resume", "OUTPUT_DIR", tmp_path, *TINY]
-        command += ["TEST.EVAL_PERIOD", "0", "SOLVER.CHECKPOINT_PERIOD", "1"]
+        command += ["--health-period", "1", "--resume", "--scale-lr", "OUTPUT_DIR", tmp_path]
+        command += [
+            *TINY,
+            "SOLVER.IMS_PER_BATCH",
+            "1",
+            "TEST.EVAL_PERIOD",
+            "0",
+            "SOLVER.CHECKPOINT_PERIOD",
+            "1",
+        ]
         command += ["TEST.KEYPOINT_OKS_SIGMAS", "(0.1,0.1)"]
         seen = 0
         for iterations in (2, 3):  # the second time, one more
@@ -133,6 +141,8 @@ class TestTrainNet:
             seen += len(lines)
             logged = {key: value for line in lines for key, value in line.items()}
             assert {"bbox/AP", "keypoints/AP"} <= set(logged)
+            assert "| SOLVER.BASE_LR | 0.01 | 0.005 | |" in done.stdout  # half the config's batch
+            assert "  BASE_LR: 0.005\n" in (tmp_path / "config.yaml").read_text()
             ratio = logged["non_local/backbone.bottom_up.res4.non_local0/residual_ratio"]
             assert ratio > 0
             line = f"iter: {iterations - 1}  backbone.bottom_up.res4.non_local0: residual ratio"

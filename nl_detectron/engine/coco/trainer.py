@@ -16,6 +16,7 @@ from nl_detectron.engine.checkpoint import checkpoint_to_load, stored_metadata
 from nl_detectron.engine.coco.data_sets import check_data_sets, describe_data, use_custom_data
 from nl_detectron.engine.coco.evaluation import Evaluator
 from nl_detectron.engine.coco.metadata import dataset_metadata
+from nl_detectron.engine.schedule import scale_schedule, schedule_table
 from nl_detectron.engine.trainer import StrictTrainer, start_run
 
 logger = logging.getLogger("nl_detectron")
@@ -58,6 +59,8 @@ def read_config(args: argparse.Namespace) -> CfgNode:
         ValueError: anything else that is wrong with them.
     """
     cfg = load_config(args.config_file, args.opts)
+    if args.scale_lr:
+        scale_schedule(cfg, load_config(args.config_file), args.opts[::2])
     use_custom_data(cfg, args)
     weights, resuming = checkpoint_to_load(cfg, args.resume)
     if args.eval_only and not weights:
@@ -74,6 +77,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
     """Read the config, and start a run with it; in every process."""
     cfg = read_config(args)
     start_run(cfg, args)
+    if args.scale_lr:
+        table = schedule_table(cfg, load_config(args.config_file), args.opts[::2])
+        logger.info("The schedule, scaled to the batch size:\n%s", table)
     for sentence in describe_data(cfg):
         logger.info(sentence)
     return cfg
