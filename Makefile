@@ -38,7 +38,7 @@ test-slow: env
 PEERS = mmcv-lite mmengine addict rich yapf pytorchvideo timm safetensors
 peers: env
 	$(INSTALL) --no-deps --upgrade --target build/peers $(PEERS)
-	PYTHONPATH=build/peers $(RUN) -m pytest -m '' tests/test_peers.py tests/test_weights_files.py
+	PYTHONPATH=build/peers $(RUN) -m pytest -m '' tests/test_peers.py tests/weights/test_files.py
 
 lint: env
 	$(RUN) -m ruff check

@@ -226,7 +226,7 @@ class Block:
         for name in ("theta.weight", "theta.bias"):
             value = self.tensors[name]
             self.tensors[name] = (value.double() * factor).to(value.dtype)
-        self.changes.append(f"theta is multiplied by {factor:.6g}: {reason}")
+        self.changes.append(f"theta is multiplied by {factor:.6g} ({reason})")
 
     def _fold_bias_into_norm(self) -> None:
         bias = self.tensors.pop("conv_out.bias")

@@ -22,7 +22,7 @@ class ConfigBlocks:
         self.model = build_model(self.cfg)
 
     def options(self, name: str) -> dict[str, Any]:
-        """Return the arguments of a block, whose name may start in the ResNet.
+        """Return the arguments of a block, whose name may omit what precedes the ResNet.
 
         Raises:
             ValueError: the config has no such block.
@@ -31,7 +31,8 @@ class ConfigBlocks:
         options = backbone_options(self.cfg)
         if "keypoint_head" in name:
             options = keypoint_head_options(self.cfg)["block_options"]
-        return {k: v for k, v in options.items() if k in OPTIONS}
+        # Not dim, which weights show, and which is changed for the whole network or not at all.
+        return {k: v for k, v in options.items() if k in OPTIONS and k != "dim"}
 
     def add_missing_blocks(self, result: Conversion) -> None:
         """Add the blocks that the weights lack, as initialized: the identity."""

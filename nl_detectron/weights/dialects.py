@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-STAGES = (2, 3, 4, 5)
+_STAGES = (2, 3, 4, 5)
 SAME_PARAMETERS = ("embedded_gaussian", "dot_product")  # weights cannot tell these two apart
 ALL_PAIRWISE = (*SAME_PARAMETERS, "gaussian", "concatenation")
 
@@ -91,11 +91,11 @@ _TORCHVISION_RESNET = _torch_keys(
     {
         "stem.conv1": "conv1",
         "stem.conv1.norm": "bn1",
-        **{f"res{s}.{{i}}.shortcut": f"layer{s - 1}.{{i}}.downsample.0" for s in STAGES},
-        **{f"res{s}.{{i}}.shortcut.norm": f"layer{s - 1}.{{i}}.downsample.1" for s in STAGES},
+        **{f"res{s}.{{i}}.shortcut": f"layer{s - 1}.{{i}}.downsample.0" for s in _STAGES},
+        **{f"res{s}.{{i}}.shortcut.norm": f"layer{s - 1}.{{i}}.downsample.1" for s in _STAGES},
         **{
             f"res{s}.{{i}}.conv{n}{norm}": f"layer{s - 1}.{{i}}.{name}{n}"
-            for s in STAGES
+            for s in _STAGES
             for n in (1, 2, 3)
             for norm, name in (("", "conv"), (".norm", "bn"))
         },
@@ -109,7 +109,7 @@ _CAFFE2_RESNET = _caffe2_keys(
         "stem.conv1.norm": "res_conv1_bn",
         **{
             f"res{s}.{{i}}.{ours}{norm}": f"res{s}_{{i}}_{theirs}{bn}"
-            for s in STAGES
+            for s in _STAGES
             for ours, theirs in (
                 ("shortcut", "branch1"),
                 ("conv1", "branch2a"),
@@ -160,7 +160,8 @@ DIALECTS = {
             }
         ),
         block_names={
-            f"res{s}.non_local{{i}}": f"backbone.layer{s - 1}.{{i}}.non_local_block" for s in STAGES
+            f"res{s}.non_local{{i}}": f"backbone.layer{s - 1}.{{i}}.non_local_block"
+            for s in _STAGES
         },
         fixed={"subsample_position": "after_conv", "axes": "spacetime"},
         pairwise=ALL_PAIRWISE,
@@ -190,7 +191,7 @@ DIALECTS = {
                 "norm": "bn",
             }
         ),
-        block_names={f"res{s}.non_local{{i}}": f"s{s}.pathway0_nonlocal{{i}}" for s in STAGES},
+        block_names={f"res{s}.non_local{{i}}": f"s{s}.pathway0_nonlocal{{i}}" for s in _STAGES},
         fixed={"dim": 3, **_AS_RELEASED},
         norms=("BN",),
         state_dict_key="model_state",
@@ -225,7 +226,7 @@ DIALECTS = {
         block=_caffe2_keys(
             {"theta": "theta", "phi": "phi", "g": "g", "conv_out": "out", "norm": "bn"}
         ),
-        block_names={f"res{s}.non_local{{i}}": f"nonlocal_conv{s}_{{i}}" for s in STAGES},
+        block_names={f"res{s}.non_local{{i}}": f"nonlocal_conv{s}_{{i}}" for s in _STAGES},
         separator="_",
         backbone=_CAFFE2_RESNET,
         ignored={r".*_momentum|lr|model_iter": "optimizer state"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from nl_detectron.weights.blocks import Block
+from nl_detectron.weights.blocks import OPTIONS, Block
 from nl_detectron.weights.convert import Conversion
 from nl_detectron.weights.dialects import DIALECTS
 
@@ -50,13 +50,15 @@ def _describe_blocks(result: Conversion, target: str) -> Iterator[str]:
 
 
 def _describe_block(block: Block, target: str) -> Iterator[str]:
-    for option in ("pairwise", "reduction", "scale", "subsample", "subsample_position", "norm"):
+    for option in OPTIONS:
+        if option in ("dim", "axes") and block.options["dim"] == 2:
+            continue
         if option in block.assumed:
             yield f"  {option.upper()} {block.options[option]} (assumed; please check)"
         elif block.depends_on(option):
             value = block.options.get(option, "as in the source: the weights do not show it")
             yield f"  {option.upper()} {value or repr(value)}"
     if target == "nl_detectron" and block.options["dim"] != 2:
-        yield f"  the kernels are {block.options['dim']}-D; a detector needs --dim 2"
+        yield "  for a detector on images, convert with --dim 2"
     for change in block.changes:
-        yield f"  to compute the same, {change}"
+        yield f"  to keep the output the same, {change}"

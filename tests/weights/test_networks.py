@@ -278,6 +278,7 @@ class TestTool:
         torch.save(NonLocalBlock(8, norm="BN").state_dict(), "in.pth")
         out = run("nl_detectron", "timm")
         assert "  SCALE True (assumed; please check)\n" in out
+        assert "  to keep the output the same, theta is multiplied by 1.41421 (" in out
         assert "STRIDE_IN_1X1" not in out  # there is no ResNet
 
     def test_prints_what_the_config_must_set(self, run):
@@ -290,6 +291,11 @@ class TestTool:
         for unknown in ("PAIRWISE", "SCALE"):
             assert f"  {unknown} as in the source: the weights do not show it\n" in out
         assert load("out.pth")[0]["res4.non_local4.g.weight"].dim() == 4
+        assert "DIM" not in out
+        out = run("mmcv", "nl_detectron")
+        assert "  DIM 3\n" in out
+        assert "  AXES spacetime\n" in out
+        assert "for a detector on images, convert with --dim 2" in out
 
     def test_config_adds_its_blocks(self, run, cfg):
         cfg.merge_from_file(str(CONFIG))
