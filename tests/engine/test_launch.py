@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -178,17 +177,6 @@ class TestProcesses:
 
 
 class TestWarnings:
-    def test_import_has_none_and_hides_none(self):
-        code = """
-import warnings
-before = list(warnings.filters)
-import nl_detectron
-assert warnings.filters == before
-"""
-        command = [sys.executable, "-W", "error::FutureWarning", "-c", code]
-        done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == (0, "")
-
     @pytest.mark.parametrize(
         ("category", "text"),
         [(FutureWarning, "`torch.load` is deprecated"), (UserWarning, "torch.meshgrid: something")],
