@@ -1,8 +1,8 @@
 """Time and memory of the block's paths against each other and against other libraries' blocks.
 
 Contenders have the same weights and, within 1e-5, the same output. They take turns in one process;
-a cell shows the median ratio of a contender's time to that of the plain "naive" path, and its
-memory: the peak above what was there before, in a process of its own, on a CPU of resident memory.
+a cell shows the median ratio of a contender's time to that of the "naive" path, and its memory: the
+peak above what was there before, in a process of its own; on a CPU, of resident memory.
 mmcv, pytorchvideo and timm take part where they are installed: `make peers` puts them into
 build/peers, for PYTHONPATH.
 
