@@ -19,6 +19,7 @@ from torch.testing import assert_close
 
 from nl_detectron import NonLocalBlock, NonLocalResNet, insert_non_local_blocks
 from nl_detectron.config import backbone_options, without_blocks
+from nl_detectron.non_local import find_blocks
 from tests import oracles
 
 # Paper Sec. 5.1 and 6, released code and GluonCV for R-101; index i is "after residual block i".
@@ -57,10 +58,6 @@ def with_random_statistics(model):
     return model
 
 
-def non_local_names(model):
-    return [name for name, m in model.named_modules() if isinstance(m, NonLocalBlock)]
-
-
 @pytest.fixture
 def nl_cfg(small_cfg):
     small_cfg.MODEL.BACKBONE.NAME = "build_non_local_resnet_fpn_backbone"
@@ -79,19 +76,15 @@ def test_default_is_right_before_the_last_block_of_res4(cfg, depth):
     cfg.MODEL.BACKBONE.NAME = "build_non_local_resnet_backbone"
     with torch.device("meta"):
         resnet, stock = build_backbone(cfg), build_backbone(without_blocks(cfg))
-    number = BLOCKS[depth][2]
-    order = [str(i) for i in range(number)]
-    order.insert(-1, f"non_local{number - 2}")
+    last = BLOCKS[depth][2] - 1
+    order = [*map(str, range(last)), f"non_local{last - 1}", str(last)]
     assert [name for name, _ in resnet.res4.named_children()] == order
-    assert non_local_names(resnet) == [f"res4.non_local{number - 2}"]
+    assert list(find_blocks(resnet)) == [f"res4.non_local{last - 1}"]
     assert resnet.output_shape() == stock.output_shape()
-    ours = {k: v.shape for k, v in resnet.state_dict().items()}
-    added = {k for k in ours if ".non_local" in k}
-    assert {k: v for k, v in ours.items() if k not in added} == {
-        k: v.shape for k, v in stock.state_dict().items()
-    }
+    ours, expected = ({k: v.shape for k, v in m.state_dict().items()} for m in (resnet, stock))
+    assert {k: v for k, v in ours.items() if ".non_local" not in k} == expected
     channels = 256 if depth < 50 else 1024
-    assert ours[f"res4.non_local{number - 2}.theta.weight"] == (channels // 2, channels, 1, 1)
+    assert ours[f"res4.non_local{last - 1}.theta.weight"] == (channels // 2, channels, 1, 1)
 
 
 @presets
@@ -103,14 +96,12 @@ def test_presets_are_the_stock_network_when_new(cfg, nl_cfg, preset):
     missing, unexpected = ours.load_state_dict(stock.state_dict(), strict=False)
     assert unexpected == []
     assert all(".non_local" in key for key in missing)
-    assert len(non_local_names(ours)) == preset[1]
+    assert len(find_blocks(ours)) == preset[1]
     for stage, indices in PRESETS[preset].items():
         number = BLOCKS[preset[0]][int(stage[-1]) - 2]
-        order = []
-        for i in range(number):
-            order.append(str(i))
-            if i in indices or i - number in indices:
-                order.append(f"non_local{i}")
+        order = [*map(str, range(number))]
+        for i in sorted((i % number for i in indices), reverse=True):
+            order.insert(i + 1, f"non_local{i}")
         children = getattr(ours.bottom_up, stage.lower()).named_children()
         assert [name for name, _ in children] == order
     x = torch.randn(1, 3, 64, 96)
@@ -145,7 +136,7 @@ def test_builders(small_cfg, name, stages):
     assert ours.output_shape() == stock.output_shape()
     assert ours.size_divisibility == stock.size_divisibility
     prefix = "bottom_up." if "fpn" in name else ""
-    assert non_local_names(ours) == [f"{prefix}res4.non_local4"]
+    assert list(find_blocks(ours)) == [f"{prefix}res4.non_local4"]
 
 
 def c2_name(key):
@@ -211,13 +202,13 @@ def test_resnet_for_lazy_configs():
     resnet._target_ = NonLocalResNet
     resnet.after_blocks = {"res4": [-2]}
     ours = instantiate(resnet)
-    assert non_local_names(ours) == ["res4.non_local0"]
+    assert list(find_blocks(ours)) == ["res4.non_local0"]
     assert ours.res4.non_local0.subsample == 1
     assert set(stock.state_dict()) < set(ours.state_dict())
     resnet.after_blocks = {"res3": [0, 1]}
     resnet.block_options = {"subsample": 2, "pairwise": "gaussian"}
     ours = instantiate(resnet)
-    assert non_local_names(ours) == ["res3.non_local0", "res3.non_local1"]
+    assert list(find_blocks(ours)) == ["res3.non_local0", "res3.non_local1"]
     assert ours.res3.non_local1.subsample == 2
     assert ours.res3.non_local1.pairwise == "gaussian"
     assert ours.output_shape() == stock.output_shape()
@@ -294,7 +285,7 @@ def test_wrong_dimension(make, dim, own):
     network = make()
     with pytest.raises(ValueError, match=f"MODEL.NON_LOCAL.DIM.* must be {own}, .*got {dim}"):
         insert_non_local_blocks(network, {"res3": [0], "res4": [0]}, dim=dim)
-    assert non_local_names(network) == []
+    assert not find_blocks(network)
 
 
 @pytest.mark.parametrize("freeze_at", [0, 2, 3])
@@ -375,7 +366,7 @@ def test_wrong_places(after_blocks, message):
     resnet = make_resnet(18, out_features=["res4"], freeze_at=2)
     with pytest.raises(ValueError, match=message):
         insert_non_local_blocks(resnet, after_blocks)
-    assert non_local_names(resnet) == []
+    assert not find_blocks(resnet)
 
 
 def test_second_insertion():

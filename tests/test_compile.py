@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from nl_detectron import NonLocalBlock, NonLocalKeypointHead, non_local, ops, paths
 from tests import oracles
-from tests.test_gradients import C, compare, expect, make
+from tests.test_gradients import C, compare, expect, make, run
 
 pairwises = pytest.mark.parametrize("pairwise", ops.PAIRWISE)
 positions = pytest.mark.parametrize("position", non_local.SUBSAMPLE_POSITIONS)
@@ -27,33 +27,16 @@ def check(got, expected):
     assert_close(got, expected, rtol=0, atol=1e-12 * max(largest, 1.0))
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("pairwise", "norm"), [*zip(ops.PAIRWISE, ["BN", "GN", "", "BN"])])
-def test_compiled(pairwise, norm):
+def test_compiled(pairwise, norm, backend):
     torch.compiler.reset()
     block = make(2, norm, pairwise, subsample=2)
-    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
-    check_compiled(block, compiled, SHAPES, pairwise=pairwise, norm=norm)
-
-
-@pytest.mark.slow
-@pairwises
-def test_compiled_by_inductor(pairwise):
-    torch.compiler.reset()
-    block = make(2, "BN", pairwise, subsample=2)
-    compiled = torch.compile(block, fullgraph=True, dynamic=True)
-    check_compiled(block, compiled, SHAPES, pairwise=pairwise, norm="BN")
-
-
-def check_compiled(block, compiled, shapes, **options):
-    for shape in shapes:
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=backend)
+    for shape in SHAPES:
         x, dy = torch.randn(2, *shape).double()
-        expected = expect(block, x, dy, subsample=2, **options)
-        x.requires_grad_()
-        block.zero_grad()
-        y = compiled(x)
-        y.backward(dy)
-        gradients = {"x": x.grad, **{name: p.grad for name, p in block.named_parameters()}}
-        compare((y, gradients), expected, shape)
+        expected = expect(block, x, dy, subsample=2, pairwise=pairwise, norm=norm)
+        compare(run(block, x, dy, compiled), expected, shape)
 
 
 @positions

@@ -47,7 +47,7 @@ LAYOUTS = [
 ]
 
 
-def make(dim, norm, pairwise, channels=C, **options):
+def make(dim=2, norm="", pairwise="embedded_gaussian", channels=C, **options):
     """A float64 block as after training: nothing is zero, and affinities are moderate."""
     block = NonLocalBlock(channels, dim=dim, norm=norm, pairwise=pairwise, **options).double()
     for name, parameter in block.named_parameters():
@@ -59,7 +59,7 @@ def make(dim, norm, pairwise, channels=C, **options):
 
 
 def expect(block, x, dy, **options):
-    """Output of the twin, and its gradients of x and of all parameters by their names."""
+    """Output of the oracle, and its gradients of x and of all parameters by their names."""
     leaves = {
         name: t.detach().clone().requires_grad_(t.is_floating_point())
         for name, t in block.state_dict().items()
@@ -71,11 +71,11 @@ def expect(block, x, dy, **options):
     return y, dict(zip(["x", *names], gradients))
 
 
-def run(block, x, dy):
-    """The same of the block."""
+def run(block, x, dy, compiled=None):
+    """The same of the block, or of a program made of it."""
     x = x.detach().requires_grad_()
     block.zero_grad()
-    y = block(x)
+    y = (block if compiled is None else compiled)(x)
     y.backward(dy)
     return y, {"x": x.grad, **{name: p.grad for name, p in block.named_parameters()}}
 
