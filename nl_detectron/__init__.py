@@ -14,9 +14,8 @@ except ModuleNotFoundError as error:
     if error.name != "detectron2":
         raise
     raise ModuleNotFoundError(
-        "nl_detectron needs detectron2, which is not on the package index under that name: run "
-        "`python dev/install_detectron2.py` from a clone of nl_detectron, or install it your own "
-        "way",
+        "nl_detectron needs detectron2, which is not on the package index under that name: "
+        "`nl-detectron doctor` prints the command that installs it",
         name="detectron2",
     ) from None
 

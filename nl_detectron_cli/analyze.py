@@ -5,8 +5,8 @@ is named, each block is listed as well. Networks are built on the meta device, s
 computed or downloaded. GMAC is what detectron2 and fvcore print as GFLOPs: a multiply and an add
 count as one. (Their own counters miss fused attention: nl_detectron.analysis.cost has handles.)
 
-    python tools/analyze.py
-    python tools/analyze.py --config-file configs/COCO-Detection/retinanet_R_50_NL_FPN_1x.yaml \\
+    nl-detectron analyze
+    nl-detectron analyze --config-file COCO-Detection/retinanet_R_50_NL_FPN_1x.yaml \\
         --batch-size 2 MODEL.NON_LOCAL.PAIRWISE dot_product
 """
 

@@ -8,9 +8,9 @@ Colours are on a logarithmic scale. The heat map interpolates places on that sca
 centres of the keys (--cells does not); arrows go to the strongest keys until these hold 90% of the
 weight, to 20 at most, and are the wider and the more opaque the larger a key's share is.
 
-    python tools/visualize_attention.py --config-file my.yaml --weights model_final.pth \\
+    nl-detectron attention --config-file my.yaml --weights model_final.pth \\
         --input image.jpg --query 320,240 --block res4.non_local4 --output attention
-    python tools/visualize_attention.py --config-file my_keypoints.yaml --weights model_final.pth \\
+    nl-detectron attention --config-file my_keypoints.yaml --weights model_final.pth \\
         --input images/ --joint left_wrist --block 'keypoint_head.*' --output attention
 """
 

@@ -3,9 +3,9 @@
 Files are .pth, .pt, .pyth, .pkl or .safetensors. What weights do not tell of a block, such as its
 subsampling, comes from --config-file or --block. What is printed at the end belongs in the config.
 
-    python tools/convert_weights.py resnet50.pth R-50.pkl --from torchvision --to detectron2
-    python tools/convert_weights.py i3d_nl.pth blocks.pth --from mmcv --to nl_detectron --dim 2
-    python tools/convert_weights.py model_final.pth mmcv.pth --from nl_detectron --to mmcv \\
+    nl-detectron convert resnet50.pth R-50.pkl --from torchvision --to detectron2
+    nl-detectron convert i3d_nl.pth blocks.pth --from mmcv --to nl_detectron --dim 2
+    nl-detectron convert model_final.pth mmcv.pth --from nl_detectron --to mmcv \\
         --block subsample=2 subsample_position=after_conv
 """
 

@@ -4,7 +4,7 @@ Residual ratio: |W_z y| / |x|, 0 for a block that does nothing. Entropy: 1 where
 everything alike, 0 where at one place. Query dependence: 0 where all queries look at the same
 places, 1 where no two do. Means over the images; definitions in nl_detectron/analysis/health.py.
 
-    python tools/block_health.py --config-file my.yaml --weights model_final.pth --input images/
+    nl-detectron health --config-file my.yaml --weights model_final.pth --input images/
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Check a model and a data set against each other: can it learn a few of its images by heart?
 
 Takes the first images of a COCO json that have objects (for keypoint models: labelled persons),
-trains on them with tools/train_net.py, and evaluates on the same images. A correct set-up reaches a
-high AP; one with wrong labels, boxes or weights does not.
+trains on them as `nl-detectron train` does, and evaluates on the same images. A correct set-up
+reaches a high AP; one with wrong labels, boxes or weights does not.
 
-    python tools/overfit.py \\
-        --config-file configs/quick_schedules/mask_rcnn_R_18_NL_FPN_overfit.yaml \\
+    nl-detectron overfit \\
+        --config-file quick_schedules/mask_rcnn_R_18_NL_FPN_overfit.yaml \\
         --json datasets/coco/annotations/instances_train2017.json \\
         --images datasets/coco/train2017 OUTPUT_DIR output/overfit
 """

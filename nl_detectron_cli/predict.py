@@ -1,6 +1,6 @@
 """Find objects in images, a video or what a webcam sees; draw them, and write them as COCO results.
 
-    python tools/predict.py --config-file output/config.yaml --weights output/model_final.pth \\
+    nl-detectron predict --config-file output/config.yaml --weights output/model_final.pth \\
         --input images/ --output predictions/ --json predictions.json
 
 Names and ids of classes are those that the model was trained with: its checkpoint has them, or else

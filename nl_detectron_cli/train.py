@@ -4,8 +4,8 @@ Beyond the stock script: the device is chosen where CUDA is absent, several CPU 
 TEST.KEYPOINT_OKS_SIGMAS counts, custom COCO files come from the command line, and a checkpoint that
 would leave part of the network untrained is refused.
 
-    python tools/train_net.py --num-gpus 8 \\
-        --config-file configs/COCO-InstanceSegmentation/mask_rcnn_R_50_NL_FPN_1x.yaml
+    nl-detectron train --num-gpus 8 \\
+        --config-file COCO-InstanceSegmentation/mask_rcnn_R_50_NL_FPN_1x.yaml
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import nl_detectron
+from nl_detectron_cli import COMMANDS
 from tests.running import ROOT
 
 PACKAGE = ROOT / "nl_detectron"
@@ -160,6 +161,12 @@ def test_make_targets_in_readme():
     named = set(re.findall(r"(?:^ {4}|`)make ([\w-]+)", README, re.MULTILINE))
     assert named
     assert named <= targets
+
+
+def test_commands_in_readme():
+    named = set(re.findall(r"nl-detectron ([a-z]+)", README))
+    assert "train" in named
+    assert named <= set(COMMANDS)
 
 
 @pytest.mark.slow
