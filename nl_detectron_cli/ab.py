@@ -2,8 +2,8 @@
 
 Takes a config with blocks. The detector and the same one without blocks start with the same
 weights, are trained on the same images in the same order (SEED, or 0 where the config has none),
-and are evaluated. The arguments are those of `train`. OUTPUT_DIR then holds what each
-training left, in stock/ and non_local/, and the comparison: losses.png, and every loss and AP in ab.json.
+and are evaluated. The arguments are those of `train`. OUTPUT_DIR then holds what each training
+left, in stock/ and non_local/, and the comparison: losses.png, and every loss and AP in ab.json.
 
     nl-detectron ab --config-file quick_schedules/mask_rcnn_R_18_NL_FPN_overfit.yaml \\
         --train-json train.json --train-images train/ --test-json val.json --test-images val/ \\
