@@ -85,6 +85,14 @@ def small_cfg(cfg):
     return cfg
 
 
+@pytest.fixture
+def nl_cfg(small_cfg):
+    """The same with blocks in the backbone and in the keypoint head."""
+    small_cfg.MODEL.BACKBONE.NAME = "build_non_local_resnet_fpn_backbone"
+    small_cfg.MODEL.ROI_KEYPOINT_HEAD.NAME = "NonLocalKeypointHead"
+    return small_cfg
+
+
 @pytest.fixture(scope="session")
 def custom_data(tmp_path_factory):
     """Two classes of things with two keypoints: nothing that detectron2 has built in."""

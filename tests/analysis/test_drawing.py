@@ -18,6 +18,7 @@ from nl_detectron.analysis.drawing.figures import draw_arrows, draw_heat_map, sa
 from nl_detectron.analysis.geometry import AttentionMap, CellGrid
 
 HEIGHT, WIDTH = 40, 60
+SHIFT = WIDTH + GAP  # from one frame to the next
 BOTH = pytest.mark.parametrize("draw", [draw_heat_map, draw_arrows])
 
 
@@ -140,19 +141,16 @@ class TestHeatMap:
         figure = draw_heat_map(subject(keys(_1_2=0.8, _1_4=70.0)))
         assert np.array_equal(image_pixels(figure), expected)
 
-    def test_outline_of_the_strongest(self):
-        figure = draw_heat_map(subject(keys(3, _3_3=0.25), query=(5.0, 7.0, 1)))
-        (outline,) = figure.axes[0].patches
-        assert outline.get_bbox().bounds == (2 * (WIDTH + GAP) + 48, 36, 12, 4)
-        assert legend(figure) == ["query", "strongest key, weight 0.25"]
-
     def test_frames_side_by_side(self):
-        weights = keys(3, _1_2=0.8)
+        """The strongest key, half of it in the padding, is outlined."""
+        weights = keys(3, _3_2=0.25)
         figure = draw_heat_map(subject(weights, query=(5.0, 7.0, 1)), smooth=False)
-        assert_allclose(overlay(figure, 2 * (WIDTH + GAP) + 40, 18, t=2)[:3], inferno(1), atol=0.01)
-        assert overlay(figure, WIDTH + GAP + 40, 18, t=1)[3] == 0
-        (query,) = figure.axes[0].lines
-        assert query.get_xydata().tolist() == [[WIDTH + GAP + 5, 7]]
+        assert_allclose(overlay(figure, 2 * SHIFT + 40, 38, t=2)[:3], inferno(1), atol=0.01)
+        assert overlay(figure, SHIFT + 40, 38, t=1)[3] == 0
+        (query,), (outline,) = figure.axes[0].lines, figure.axes[0].patches
+        assert query.get_xydata().tolist() == [[SHIFT + 5, 7]]
+        assert outline.get_bbox().bounds == (2 * SHIFT + 32, 36, 16, 4)
+        assert legend(figure) == ["query", "strongest key, weight 0.25"]
         assert [t.get_text() for t in figure.axes[0].texts] == ["t = 0", "t = 1", "t = 2"]
 
     def test_view_shows_a_part(self):
@@ -173,36 +171,38 @@ class TestHeatMap:
         assert labels == ["-0.3", "-0.03", "0", "0.03", "0.3"]
 
 
-class TestColourBar:
-    @pytest.mark.parametrize(
-        ("low", "high", "ticks"),
-        [
-            (0.001, 0.1, ["0.001", "0.01", "0.1"]),
-            (0.003, 0.06, ["0.005", "0.01", "0.02", "0.05"]),
-            (1e-9, 0.5, ["0.001", "0.01", "0.1"]),
-        ],
-    )
-    @BOTH
-    def test_ticks_and_label(self, draw, low, high, ticks):
-        weights = np.full((1, 4, 5), low)
-        weights[0, 1, 2] = high
-        bar = draw(subject(weights)).axes[1]
-        assert [label.get_text() for label in bar.get_xticklabels()] == ticks
-        assert_allclose(bar.get_xticks(), [float(tick) for tick in ticks])
-        assert bar.get_xlabel() == "attention weight (logarithmic scale)"
+@pytest.mark.parametrize(
+    ("low", "high", "ticks", "patches"),
+    [
+        (0.001, 0.1, ["0.001", "0.01", "0.1"], 0),
+        (0.003, 0.06, ["0.005", "0.01", "0.02", "0.05"], 0),
+        (1e-9, 0.5, ["0.001", "0.01", "0.1"], 1),  # a triangle: there are weights below
+    ],
+)
+@BOTH
+def test_colour_bar(draw, low, high, ticks, patches):
+    weights = np.full((1, 4, 5), low)
+    weights[0, 1, 2] = high
+    bar = draw(subject(weights)).axes[1]
+    assert [label.get_text() for label in bar.get_xticklabels()] == ticks
+    assert_allclose(bar.get_xticks(), [float(tick) for tick in ticks])
+    assert bar.get_xlabel() == "attention weight (logarithmic scale)"
+    assert len(bar.patches) == patches
 
-    def test_weights_below_it_are_marked(self):
-        for low, patches in ((1e-9, 1), (0.01, 0)):
-            weights = np.full((1, 4, 5), low)
-            weights[0, 1, 2] = 0.5
-            bar = draw_heat_map(subject(weights)).axes[1]
-            assert len(bar.patches) == patches  # a triangle at the lower end
 
-    @BOTH
-    def test_no_weight_at_all(self, draw):
-        figure = draw(subject(keys()))
-        rgb(figure)
-        assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == ["0", "1"]
+@BOTH
+def test_no_weight_at_all(draw):
+    figure = draw(subject(keys()))
+    rgb(figure)
+    assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == ["0", "1"]
+    assert arrows(figure) == []
+
+
+@BOTH
+def test_wrong_number_of_frames(draw):
+    given = subject(keys(_1_2=0.5))
+    with pytest.raises(ValueError, match="2 frames, but the map has 1"):
+        draw(given._replace(frames=given.frames * 2))
 
 
 class TestArrows:
@@ -233,30 +233,27 @@ class TestArrows:
             assert patch.get_linewidth() < 0.6
             assert patch.get_alpha() < 0.35
 
-    def test_padding_counts_as_weight(self):
-        figure = draw_arrows(subject(keys(_1_2=0.25, _1_4=0.75)))
-        assert [ends for *ends, _ in arrows(figure)] == [[(5.0, 7.0), (40.0, 18.0)]]
-        assert legend(figure)[1] == "top 1 of 20 keys: 25% of the weight"
-
-    def test_signs_do_not_count(self):
-        figure = draw_arrows(subject(keys(_1_2=-0.6, _0_1=0.4)))
-        assert [end for _, end, _ in arrows(figure)] == [(40.0, 18.0), (24.0, 6.0)]
-        assert legend(figure)[1] == "top 2 of 20 keys: 100% of the weight"
-
-    def test_no_weight_no_arrow(self):
-        assert arrows(draw_arrows(subject(keys()))) == []
-
-    def test_key_of_the_query(self):
-        figure = draw_arrows(subject(keys(_0_0=1.0), query=(8.0, 6.0, 0)))
+    @pytest.mark.parametrize(
+        ("weights", "query", "ends", "statement"),
+        [
+            # weights in the padding count, signs do not
+            (keys(_1_2=0.25, _1_4=0.75), (5, 7, 0), [(40, 18)], "top 1 of 20 keys: 25%"),
+            (keys(_1_2=-0.6, _0_1=0.4), (5, 7, 0), [(40, 18), (24, 6)], "top 2 of 20 keys: 100%"),
+            (keys(_0_0=1.0), (8, 6, 0), [(8, 6)], "top 1 of 20 keys: 100%"),  # its own
+            (
+                keys(3, _1_2=0.8),
+                (5, 7, 1),
+                [(40 + 2 * (WIDTH + GAP), 18)],
+                "top 1 of 60 keys: 100%",
+            ),
+        ],
+    )
+    def test_ends(self, weights, query, ends, statement):
+        figure = draw_arrows(subject(weights, query=query))
         rgb(figure)
-        assert [ends for *ends, _ in arrows(figure)] == [[(8.0, 6.0), (8.0, 6.0)]]
-
-    def test_across_frames(self):
-        figure = draw_arrows(subject(keys(3, _1_2=0.8), query=(5.0, 7.0, 1)))
-        shift = WIDTH + GAP
-        assert [ends for *ends, _ in arrows(figure)] == [
-            [(5.0 + shift, 7.0), (40.0 + 2 * shift, 18.0)]
-        ]
+        start = query[0] + query[2] * SHIFT, query[1]
+        assert [places for *places, _ in arrows(figure)] == [[start, end] for end in ends]
+        assert legend(figure)[1] == f"{statement} of the weight"
 
 
 class TestLayout:
@@ -321,12 +318,6 @@ class TestLayout:
         extent = label.get_window_extent()
         assert image.x0 <= extent.x0 < extent.x1 <= image.x1
         assert image.y0 <= extent.y0 < extent.y1 <= image.y1
-
-    @BOTH
-    def test_wrong_number_of_frames(self, draw):
-        given = subject(keys(_1_2=0.5))
-        with pytest.raises(ValueError, match="2 frames, but the map has 1"):
-            draw(given._replace(frames=given.frames * 2))
 
 
 def test_grid(tmp_path):
