@@ -23,6 +23,8 @@ try:
 except BaseException as error:
     missing = error.name if isinstance(error, ModuleNotFoundError) else None
     say(failure=f"{type(error).__name__}: {error}", missing=missing)
+else:
+    say(done=True)
 """
 
 TORCH = """
@@ -104,7 +106,7 @@ def probe(code: str, hook: str = "") -> dict[str, Any]:
             facts |= json.loads(line.removeprefix("probe: "))
     if done.returncode < 0:
         facts["failure"] = f"crashed with {signal.Signals(-done.returncode).name}"
-    elif done.returncode:
+    elif not {"done", "failure"} & facts.keys():
         facts["failure"] = f"ended with exit code {done.returncode}"
     return facts
 

@@ -54,6 +54,7 @@ def test_where_nothing_is_installed_it_says_so(tmp_path):
 
 BROKEN = "raise ImportError('libcudart.so.0: cannot open shared object file')"
 CRASHING = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
+ENDING = "import os; os._exit(0)"
 GONE = "from torch import nothing_of_this_name"
 
 
@@ -61,6 +62,7 @@ GONE = "from torch import nothing_of_this_name"
     ("file", "code", "check", "found", "mend"),
     [
         ("torch.py", BROKEN, doctor.check_torch, "ImportError: libcudart", "torch torchvision"),
+        ("torch.py", ENDING, doctor.check_torch, "ended with exit code 0", "torch torchvision"),
         ("torch/__init__.py", "", doctor.check_torch, "AttributeError", "torch torchvision"),
         ("torchvision.py", GONE, doctor.check_torchvision, "cannot import", "torch torchvision"),
         ("detectron2.py", CRASHING, doctor.check_detectron2, "crashed with SIGSEGV", "detectron2"),

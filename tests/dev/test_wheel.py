@@ -86,34 +86,27 @@ def test_source_distribution_gives_the_same_wheel(wheel):
     assert contents(build_wheel(folder / name, folder / "again")) == contents(wheel)
 
 
-BUILD_MASK_RCNN = """
-import sys, torch, nl_detectron
-from detectron2.modeling import build_model
+PREDICT = """
+import nl_detectron
 from nl_detectron import model_zoo
-cfg = model_zoo.get_config(sys.argv[1])
-cfg.MODEL.DEVICE = "meta"
-with torch.device("meta"):
-    block = build_model(cfg).backbone.bottom_up.res4.non_local4
-print(nl_detectron.__file__, model_zoo.get_config_file(sys.argv[1]), block.__class__.__name__)
+from nl_detectron_cli import predict
+name = "quick_schedules/mask_rcnn_R_50_NL_FPN_instant_test.yaml"
+options = ["--config-file", name, "--weights", "", "--input", "image.jpg", "--output", "drawn"]
+predict.main([*options, "MODEL.RPN.POST_NMS_TOPK_TEST", "20"])
+print(nl_detectron.__file__, model_zoo.get_config_file(name))
 """
 
 
-def test_model_zoo_of_the_wheel(installed, tmp_path):
-    name = "COCO-InstanceSegmentation/mask_rcnn_R_50_NL_FPN_1x.yaml"
-    printed = python("-c", BUILD_MASK_RCNN, name, cwd=tmp_path, path=installed)
-    package, config, block = printed.split()[-3:]
-    assert Path(package) == installed / "nl_detectron" / "__init__.py"
-    assert Path(config) == installed / "nl_detectron" / "model_zoo" / "configs" / name
-    assert block == "NonLocalBlock"
-
-
-def test_command_of_the_wheel(installed, tmp_path):
+def test_model_zoo_and_command_of_the_wheel(installed, tmp_path):
     """A model of the zoo, with random weights, draws what it finds."""
+    program = [installed / "bin" / "nl-detectron", "--version"]
+    assert python(*program, cwd=tmp_path, path=installed).startswith("nl_detectron ")
     shutil.copy(ROOT / "tools" / "attention_coco.jpg", tmp_path / "image.jpg")
-    command = [installed / "bin" / "nl-detectron", "predict", "--weights", "", "--output", "drawn"]
-    command += ["--config-file", "quick_schedules/mask_rcnn_R_50_NL_FPN_instant_test.yaml"]
-    python(*command, "--input", "image.jpg", cwd=tmp_path, path=installed)
+    printed = python("-c", PREDICT, cwd=tmp_path, path=installed)
     assert [path.name for path in (tmp_path / "drawn").iterdir()] == ["image.jpg"]
+    package, config = map(Path, printed.splitlines()[-1].split())
+    assert package == installed / "nl_detectron" / "__init__.py"
+    assert config.is_relative_to(installed / "nl_detectron" / "model_zoo" / "configs")
 
 
 @pytest.mark.slow
