@@ -134,7 +134,7 @@ def plain_block(
 ) -> Tensor:
     """:func:`block` as tensor products, for its gradients by autograd; with the norm after W_z.
 
-    Every tensor is made contiguous: layouts are the business of the code under test.
+    Every tensor is made contiguous, so that memory layouts play no role.
     """
 
     def conv(name: str, x: Tensor) -> Tensor:

@@ -300,7 +300,7 @@ def test_blocks_train_behind_a_frozen_stage(nl_cfg, freeze_at):
 
 @pytest.mark.parametrize("norm", ["", "BN"])
 def test_blocks_learn_in_a_frozen_network(nl_cfg, norm):
-    """A trained trunk as it is, and blocks that learn: all of their parameters, and no other."""
+    """In a frozen trunk all parameters of the blocks learn, and no others."""
     nl_cfg.MODEL.BACKBONE.FREEZE_AT = 5
     nl_cfg.MODEL.NON_LOCAL.NORM = norm
     set_blocks(nl_cfg, {"RES2": (0,), "RES4": (-2,)})

@@ -162,7 +162,7 @@ def test_head_has_its_own_norm_and_subsample_and_is_2d(nl_cfg):
     ],
 )
 def test_misspelt_key_of_a_file(cfg, tmp_path, builder, yaml, wrong, right):
-    """Also where nothing reads the node: the blocks of a stock model would be lost in silence."""
+    """Also where nothing reads the node: the blocks would silently be missing."""
     path = tmp_path / "config.yaml"
     path.write_text(f"MODEL: {{BACKBONE: {{NAME: {builder}_backbone}}, NON_LOCAL: {yaml}}}")
     with pytest.raises(KeyError, match=f"key: MODEL.NON_LOCAL.{wrong}"):  # in stock tools

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from nl_detectron import ops, paths
 from tests import oracles
 
-# (pairwise, scale, path); scale is the business of one form alone
+# (pairwise, scale, path); only one form has a scale
 FORMS = [
     (pairwise, scale, path)
     for pairwise, names in ops.PATHS.items()

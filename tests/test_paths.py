@@ -1,4 +1,4 @@
-"""The ways of computing a sum: their results and precision, which is chosen, their memory."""
+"""The paths: their results, precision and memory, and which one is chosen."""
 
 from __future__ import annotations
 
