@@ -11,7 +11,7 @@ from detectron2.config import get_cfg
 from nl_detectron import add_non_local_config
 from nl_detectron.engine.coco.files import register_coco_files
 from tests.generated_coco import write_coco
-from tests.running import forget_custom_data
+from tests.running import NO_GPU, forget_custom_data
 from tests.tested import record
 
 
@@ -34,9 +34,6 @@ def _custom_data_of_one_test():
 def _quiet():
     for name in ("detectron2", "fvcore"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])

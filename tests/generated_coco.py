@@ -1,9 +1,10 @@
-"""A generated data set in COCO's format."""
+"""A generated data set in COCO's format, and videos."""
 
 from __future__ import annotations
 
 import json
 
+import cv2
 import numpy as np
 from PIL import Image
 
@@ -38,3 +39,13 @@ def write_coco(folder, json_name, *, num_images, categories, keypoints=0):
     content = {"images": images, "annotations": annotations, "categories": categories}
     json_file.write_text(json.dumps({"info": {}, "licenses": [], **content}))
     return json_file
+
+
+def write_video(file, frames):
+    """BGR images, five a second."""
+    height, width = frames[0].shape[:2]
+    writer = cv2.VideoWriter(str(file), cv2.VideoWriter.fourcc(*"MJPG"), 5.0, (width, height))
+    for frame in frames:
+        writer.write(frame)
+    writer.release()
+    return file

@@ -7,10 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from nl_detectron.engine.coco.trainer import read_config
+from nl_detectron.engine.launch import launch
 
 ROOT = Path(__file__).parent.parent
 QUICK = ROOT / "configs" / "quick_schedules"
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 # A detector as small as it gets, on images of one size
 TINY = """
     SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 2 SOLVER.STEPS () SOLVER.WARMUP_ITERS 0
@@ -31,6 +37,11 @@ def run(*command, hook=False, datasets=None, cwd=ROOT):
         env["DETECTRON2_DATASETS"] = str(datasets)
     command = [sys.executable, *map(str, command)]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def launched(command, main, *words):
+    """Read the words as a command does that trains, then run ``main`` instead of its own."""
+    launch(main, command.parse_args([str(word) for word in words]), read_config, command.check)
 
 
 def custom_data_arguments(json_file, *splits):

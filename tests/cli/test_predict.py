@@ -23,6 +23,7 @@ from nl_detectron.engine.coco.files import register_coco_files
 from nl_detectron.engine.coco.trainer import CocoTrainer
 from nl_detectron.engine.predictor import Predictor
 from nl_detectron_cli.predict import main
+from tests.generated_coco import write_video
 from tests.running import QUICK, TINY, forget_custom_data
 
 CONFIG = str(QUICK / "keypoint_rcnn_R_18_NL_FPN_NLhead_overfit.yaml")
@@ -211,18 +212,11 @@ def test_video(predict, images, tmp_path):
     frames = [cv2.imread(str(images / f"{i}.png")) for i in (1, 2, 3)]
     for frame in frames:
         frame[:, :, 0] = 250  # blue
-    writer = cv2.VideoWriter(
-        str(tmp_path / "clip.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 5.0, (96, 64)
-    )
-    for frame in frames:
-        writer.write(frame)
-    writer.release()
-    predict(
-        tmp_path / "clip.avi", "--output", tmp_path / "out.mp4", "--json", tmp_path / "found.json"
-    )
+    clip, video = write_video(tmp_path / "clip.avi", frames), tmp_path / "out.mp4"
+    predict(clip, "--output", video, "--json", tmp_path / "found.json")
     assert {a["image_id"] for a in read(tmp_path / "found.json")} == {0, 1, 2}
 
-    drawn = cv2.VideoCapture(str(tmp_path / "out.mp4"))
+    drawn = cv2.VideoCapture(str(video))
     assert drawn.get(cv2.CAP_PROP_FPS) == 5.0
     for frame in frames:
         there, picture = drawn.read()

@@ -21,8 +21,7 @@ class RecordingTrainer(PairedCocoTrainer):
     @classmethod
     def build_optimizer(cls, cfg, model):
         count = len(list(model.parameters()))
-        torch.rand(count)
-        np.random.rand(count)
+        torch.rand(count), np.random.rand(count)
         return super().build_optimizer(cfg, model)
 
     @classmethod
@@ -38,7 +37,7 @@ class RecordingTrainer(PairedCocoTrainer):
 
 
 @pytest.fixture
-def nl_cfg(custom_data_name, tmp_path):
+def overfit_cfg(custom_data_name, tmp_path):
     """Blocks in the backbone and in the keypoint head; images are flipped at random."""
     cfg = load_config(QUICK / "keypoint_rcnn_R_18_NL_FPN_NLhead_overfit.yaml", TINY)
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (custom_data_name,)
@@ -53,10 +52,10 @@ def nl_cfg(custom_data_name, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_only_the_blocks_tell_the_models_apart(workers, nl_cfg, tmp_path):
-    nl_cfg.DATALOADER.NUM_WORKERS = workers
+def test_only_the_blocks_tell_the_models_apart(workers, overfit_cfg, tmp_path):
+    overfit_cfg.DATALOADER.NUM_WORKERS = workers
     runs, seen = [], []
-    for cfg in (without_blocks(nl_cfg), nl_cfg):
+    for cfg in (without_blocks(overfit_cfg), overfit_cfg):
         runs.append(train_and_evaluate(cfg, RecordingTrainer))
         seen.append(RecordingTrainer.seen)
 
@@ -66,10 +65,8 @@ def test_only_the_blocks_tell_the_models_apart(workers, nl_cfg, tmp_path):
     assert len(seen[0]) == len(seen[1]) == 4 * 2
 
     stock, non_local = (run.losses for run in runs)
-    assert set(stock) == {
-        *("total_loss", "loss_cls", "loss_box_reg", "loss_keypoint"),
-        *("loss_rpn_cls", "loss_rpn_loc"),
-    }
+    names = "total_loss loss_cls loss_box_reg loss_keypoint loss_rpn_cls loss_rpn_loc"
+    assert set(stock) == set(names.split())
     for name, (first, *later) in stock.items():
         assert first == non_local[name][0], name
         assert len(later) == 3
@@ -83,10 +80,10 @@ def test_only_the_blocks_tell_the_models_apart(workers, nl_cfg, tmp_path):
     assert "roi_heads.keypoint_head.non_local8.theta.weight" in weights
 
 
-def test_starts_as_stock_detectron2_does(nl_cfg):
-    seed_all_rng(nl_cfg.SEED)
-    stock = build_model(without_blocks(nl_cfg)).state_dict()
-    first, second = (PairedCocoTrainer.build_model(nl_cfg).state_dict() for _ in range(2))
+def test_starts_as_stock_detectron2_does(overfit_cfg):
+    seed_all_rng(overfit_cfg.SEED)
+    stock = build_model(without_blocks(overfit_cfg)).state_dict()
+    first, second = (PairedCocoTrainer.build_model(overfit_cfg).state_dict() for _ in range(2))
     blocks = {name for name in first if ".non_local" in name}
     assert first.keys() - blocks == stock.keys()
     for name, value in stock.items():
@@ -95,10 +92,10 @@ def test_starts_as_stock_detectron2_does(nl_cfg):
         assert torch.equal(first[name], second[name]), name
 
 
-def test_random_seed_is_refused(nl_cfg):
-    nl_cfg.SEED = -1
+def test_random_seed_is_refused(overfit_cfg):
+    overfit_cfg.SEED = -1
     with pytest.raises(ValueError, match="SEED must be 0 or more.* got -1"):
-        PairedCocoTrainer(nl_cfg)
+        PairedCocoTrainer(overfit_cfg)
 
 
 def test_table():

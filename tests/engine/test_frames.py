@@ -10,30 +10,25 @@ import pytest
 from PIL import Image
 
 from nl_detectron.engine.frames import Images, make_folder, open_frames, report_done
+from tests.generated_coco import write_video
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two images, one of them upside down by its EXIF, and files that are none."""
+    """Two images, one upside down by its EXIF, files that are none, and one more in a folder."""
     pixels = np.zeros((37, 53, 3), dtype=np.uint8)
     pixels[:20, :30] = 40, 100, 200
     Image.fromarray(pixels).save(tmp_path / "b.png")
     exif = Image.Exif()
     exif[0x0112] = 3
     Image.fromarray(pixels).save(tmp_path / "c.JPG", quality=100, exif=exif)
-    (tmp_path / "a.png").write_bytes((tmp_path / "b.png").read_bytes()[:99])
+    whole = (tmp_path / "b.png").read_bytes()
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "e.png").write_bytes(whole)
+    (tmp_path / "a.png").write_bytes(whole[:99])
     (tmp_path / "d.jpg").write_text("no image")
     (tmp_path / "notes.txt").write_text("no image")
     return tmp_path
-
-
-@pytest.fixture
-def video(tmp_path):
-    path = tmp_path / "clip.avi"
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 5.0, (96, 64))
-    writer.write(np.zeros((64, 96, 3), dtype=np.uint8))
-    writer.release()
-    return path
 
 
 def test_folder(folder, capsys):
@@ -44,10 +39,10 @@ def test_folder(folder, capsys):
     assert seen["b.png"][0, 0].tolist() == [200, 100, 40]  # BGR
     assert np.abs(seen["c.JPG"][::-1, ::-1].astype(int) - seen["b.png"]).mean() < 3
     assert (len(images), images.skipped) == (4, 2)
-    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == [
-        f"skipped {folder / 'a.png'}",
-        f"skipped {folder / 'd.jpg'}",
-    ]
+    out, err = capsys.readouterr()
+    assert out == f"{folder}: images are read, but not those of its 1 subfolder(s)\n"
+    skipped = [line.split(":")[0] for line in err.splitlines()]
+    assert skipped == [f"skipped {folder / name}" for name in ("a.png", "d.jpg")]
 
 
 def test_image_that_is_refused(folder, capsys):
@@ -69,15 +64,6 @@ def test_nothing_there(tmp_path):
     assert images.skipped == 1
 
 
-def test_subfolders_are_named(folder, capsys):
-    (folder / "more").mkdir()
-    (folder / "more" / "e.png").write_bytes((folder / "b.png").read_bytes())
-    assert len(Images(folder)) == 4
-    assert capsys.readouterr().out == (
-        f"{folder}: images are read, but not those of its 1 subfolder(s)\n"
-    )
-
-
 def test_ids(folder):
     (folder / "0139.bmp").touch()
     images = Images(folder, known_ids={folder / "c.JPG": 5})
@@ -90,11 +76,8 @@ def test_ids(folder):
 def test_same_name_before_the_suffix(folder):
     (folder / "b.jpg").write_bytes((folder / "b.png").read_bytes())
     images = Images(folder)
-    assert [(frame.name, images.stem(frame)) for frame in images] == [
-        ("b.jpg", "b.jpg"),
-        ("b.png", "b.png"),
-        ("c.JPG", "c"),
-    ]
+    stems = {frame.name: images.stem(frame) for frame in images}
+    assert stems == {"b.jpg": "b.jpg", "b.png": "b.png", "c.JPG": "c"}
     with pytest.raises(ValueError, match="several images of the id 'b' .*: b.jpg and b.png"):
         images.check_ids()
 
@@ -107,29 +90,34 @@ def test_time_is_linear_in_the_number_of_images(tmp_path):
     assert time.process_time() - start < 3  # comparing all pairs took 8
 
 
-class TestPixels:
-    @pytest.mark.parametrize("name", ["deep.png", "deep.tif"])
-    def test_16_bits_are_scaled(self, tmp_path, name):
-        values = np.array([[0, 100 * 257, 128 * 257, 65535]], dtype=np.uint16)
-        assert cv2.imwrite(str(tmp_path / name), values)
-        (frame,) = Images(tmp_path / name)
-        assert frame.image.dtype == np.uint8
-        assert frame.image.tolist() == [[[value] * 3 for value in (0, 100, 128, 255)]]
+@pytest.mark.parametrize("name", ["deep.png", "deep.tif"])
+def test_16_bits_are_scaled(tmp_path, name):
+    values = np.array([[0, 100 * 257, 128 * 257, 65535]], dtype=np.uint16)
+    assert cv2.imwrite(str(tmp_path / name), values)
+    (frame,) = Images(tmp_path / name)
+    assert frame.image.dtype == np.uint8
+    assert frame.image.tolist() == [[[value] * 3 for value in (0, 100, 128, 255)]]
 
-    def test_no_known_range(self, tmp_path, capsys):
-        Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(tmp_path / "depth.tif")
-        assert list(Images(tmp_path)) == []
-        assert "numbers without a known range (mode F)" in capsys.readouterr().err
 
-    @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
-    def test_other_modes(self, tmp_path, mode):
-        suffix = "tif" if mode == "CMYK" else "png"
-        Image.new("RGB", (3, 2), "white").convert(mode).save(tmp_path / f"x.{suffix}")
-        (frame,) = Images(tmp_path)
-        assert frame.image.tolist() == [[[255] * 3] * 3] * 2
+def test_pixels_without_a_known_range(tmp_path, capsys):
+    Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(tmp_path / "depth.tif")
+    assert list(Images(tmp_path)) == []
+    assert "numbers without a known range (mode F)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+def test_other_modes(tmp_path, mode):
+    file = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+    Image.new("RGB", (3, 2), "white").convert(mode).save(file)
+    (frame,) = Images(file)
+    assert frame.image.tolist() == [[[255] * 3] * 3] * 2
 
 
 class TestOutput:
+    @pytest.fixture
+    def video(self, tmp_path):
+        return write_video(tmp_path / "clip.avi", [np.zeros((64, 96, 3), dtype=np.uint8)])
+
     @pytest.mark.parametrize("name", ["out.mp4", "out.jpg"])
     def test_images_need_a_folder(self, folder, name):
         for source in (folder, folder / "b.png"):
@@ -143,10 +131,11 @@ class TestOutput:
         with pytest.raises(ValueError, match="pictures there would replace what is read"):
             Images(folder / "b.png", output=folder / "x" / "..")
         video = video.rename(video.with_suffix(".mp4"))
-        with pytest.raises(ValueError, match="the video there would replace what is read"):
-            open_frames(str(video), video)
-        with pytest.raises(ValueError, match="the video there would replace what is read"):
-            open_frames(str(video), video.parent)
+        for output in (video, video.parent):
+            with pytest.raises(ValueError, match="the video there would replace what is read"):
+                open_frames(str(video), output)
+        with pytest.raises(ValueError, match="out.mov: videos are written as .mp4 alone"):
+            open_frames(str(video), video.parent / "out.mov")
 
     @pytest.mark.parametrize(
         ("output", "file"),
@@ -163,18 +152,12 @@ class TestOutput:
         (line,) = [line for line in capsys.readouterr().err.splitlines() if "browsers" in line]
         assert line.startswith(f"{video.parent / file} is MPEG-4 part 2")
 
-    def test_other_videos(self, video):
-        with pytest.raises(ValueError, match="out.mov: videos are written as .mp4 alone"):
-            open_frames(str(video), video.parent / "out.mov")
-
-    def test_picture_that_cannot_be_written(self, folder):
+    def test_what_cannot_be_written(self, folder):
         images = Images(folder / "b.png", output=folder / "out")
         (frame,) = images
         (folder / "out").rmdir()
         with pytest.raises(OSError, match=r"cannot write .*out.b\.png"):
             images.write(frame, frame.image)
-
-    def test_folder_that_cannot_be_made(self, folder):
         with pytest.raises(OSError, match=r"folder .*notes.txt cannot be made: File exists"):
             make_folder(folder / "notes.txt")
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from detectron2 import engine
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
@@ -113,7 +114,7 @@ def test_weights_of_the_backbone_alone(toy_cfg, tmp_path):
 
 def test_launched_and_resumed(toy_cfg):
     args = argument_parser("").parse_args(["--config-file", "Base-RCNN-FPN.yaml", "--resume"])
-    trainers = []
+    trainers, stock = [], engine.defaults.create_ddp_model
 
     def train(args):
         start_run(toy_cfg, args)
@@ -124,6 +125,7 @@ def test_launched_and_resumed(toy_cfg):
     for toy_cfg.SOLVER.MAX_ITER in (2, 5):
         launch(train, args, lambda args: toy_cfg, lambda args, cfg: ToyTrainer.rehearse(cfg, True))
     assert [(trainer.start_iter, trainer.iter) for trainer in trainers] == [(0, 2), (2, 5)]
+    assert engine.defaults.create_ddp_model is stock  # which the trainer replaces for a moment
 
 
 def test_imports():
