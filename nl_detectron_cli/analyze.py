@@ -1,9 +1,9 @@
 """Print what non-local blocks add to the parameters, the computation and the memory of a model.
 
-Every config is compared with its stock twin, the same config without the blocks; for a config that
-is named, each block is listed as well. Networks are built on the meta device, so nothing is
-computed or downloaded. GMAC is what detectron2 and fvcore print as GFLOPs: a multiply and an add
-count as one. (Their own counters miss fused attention: nl_detectron.analysis.cost has handles.)
+Every config is compared with the same config without the blocks; for a config that is named, each
+block is listed as well. Networks are built on the meta device, so nothing is computed or
+downloaded. GMAC is what detectron2 and fvcore print as GFLOPs: a multiply and an add count as one.
+(Their own counters miss fused attention: nl_detectron.analysis.cost has handles.)
 
     nl-detectron analyze
     nl-detectron analyze --config-file COCO-Detection/retinanet_R_50_NL_FPN_1x.yaml \\
