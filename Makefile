@@ -1,16 +1,16 @@
-# make demo         train and show the long-range demonstration
+# make demo         train the long-range demo and print its results
 # make test         lint, types and the fast tests
 # make test-slow    the tests marked slow
-# make peers        the numeric comparison with mmcv, pytorchvideo and timm, which it installs aside
-# make lint         ruff and mypy alone
-# make env          only the environment
+# make peers        compare with mmcv, pytorchvideo and timm, installed in build/peers
+# make lint         ruff and mypy
+# make env          create the environment
 #
-# Everything runs in an environment that is made on first use and then kept:
+# Everything runs in an environment that is created on first use and then kept:
 #   make test               .venv
 #   make test VENV=path     another one
-#   make test VENV=         the one that is active (`python` on the PATH)
-# constraints.txt decides the versions that are installed, in all three. PYTHON=path chooses the
-# interpreter that a new environment is made with.
+#   make test VENV=         the active one (`python` on the PATH)
+# All three install the versions in constraints.txt. PYTHON=path chooses the interpreter for a new
+# environment.
 
 VENV = .venv
 PYTHON = $(shell python3.11 -c '' 2> /dev/null && echo python3.11 || echo python3)
@@ -34,7 +34,7 @@ test: lint
 test-slow: env
 	$(RUN) -m pytest -m slow
 
-# Without their dependencies: what the blocks need of these is there, or named here.
+# Installed without dependencies: those that the blocks need are installed already, or listed here.
 PEERS = mmcv-lite mmengine addict rich yapf pytorchvideo timm safetensors
 peers: env
 	$(INSTALL) --no-deps --upgrade --target build/peers $(PEERS)

@@ -1,5 +1,5 @@
-"""Packaging. detectron2 is not named below: no index carries upstream's under that name, so
-`dev/install_detectron2.py` installs it (`make` calls it). constraints.txt has tested versions.
+"""Packaging. detectron2 is not a requirement, because no index carries upstream's under that name;
+`dev/install_detectron2.py` installs it (`make` runs it). constraints.txt has tested versions.
 """
 
 import runpy
@@ -15,10 +15,10 @@ PACKAGES = find_packages(include=["nl_detectron", "nl_detectron.*", "nl_detectro
 
 
 class BuildWithConfigs(build_py):
-    """Gives a wheel the configs, at the place where ``nl_detectron.model_zoo`` finds them."""
+    """Copies the configs into a wheel, where ``nl_detectron.model_zoo`` finds them."""
 
     def run(self):
-        """Build from scratch: what an earlier build left behind would get into the wheel."""
+        """Build from scratch, because leftovers of an earlier build would get into the wheel."""
         if not self.editable_mode:
             for package in {name.split(".")[0] for name in PACKAGES}:
                 shutil.rmtree(Path(self.build_lib, package), ignore_errors=True)
@@ -30,7 +30,7 @@ class BuildWithConfigs(build_py):
 
 
 def readme():
-    """The long description."""
+    """Return the long description."""
     return (HERE / "README.md").read_text(encoding="utf-8")
 
 

@@ -1,8 +1,8 @@
-"""What the blocks of a config cost its whole detector: time of inference and of training.
+"""Measure how much the blocks of a config slow down its detector, in inference or in training.
 
 The detectors with and without blocks have the same random weights, see the same random image, keep
-a fixed number of detections, and take turns in one process. Printed are the median and quartiles of
-the ratios of their times, and the share of the blocks themselves in the time.
+a fixed number of detections, and alternate in one process. The output is the median and quartiles
+of the ratios of their times, and the share of the blocks in the time.
 
     python dev/benchmark_detector.py
     python dev/benchmark_detector.py --train --rounds 5
@@ -32,10 +32,10 @@ CONFIG = (
 
 
 class Stopwatch:
-    """Adds up the seconds that go by in the forward pass of all blocks of a model."""
+    """Sums up the time of the forward passes of all blocks of a model."""
 
     def __init__(self, model: nn.Module):
-        """Watch the model from now on."""
+        """Register the hooks."""
         self.seconds = 0.0
         for module in model.modules():
             if isinstance(module, NonLocalBlock):
@@ -43,23 +43,23 @@ class Stopwatch:
                 module.register_forward_hook(self._stop)
 
     def _start(self, *_: Any) -> None:
-        self.seconds -= now()
+        self.seconds -= synchronized_time()
 
     def _stop(self, *_: Any) -> None:
-        self.seconds += now()
+        self.seconds += synchronized_time()
 
 
-def now() -> float:
-    """Return the time, once the device has done its work."""
+def synchronized_time() -> float:
+    """Return the time after the device has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def build(cfg: CfgNode) -> tuple[nn.Module, nn.Module]:
-    """Build a stock detector that finds as many objects as it may, and the same with blocks.
+def build_detectors(cfg: CfgNode) -> tuple[nn.Module, nn.Module]:
+    """Build a detector without and one with blocks, both with as many detections as possible.
 
-    The blocks are new, so both find the same: detectors take longer for more proposals.
+    New blocks are the identity, so both find the same objects; more proposals take more time.
     """
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
     torch.manual_seed(0)
@@ -68,8 +68,8 @@ def build(cfg: CfgNode) -> tuple[nn.Module, nn.Module]:
     return stock, ours
 
 
-def inputs(size: tuple[int, int], objects: int) -> list[dict[str, Any]]:
-    """Make an image (3, H, W) with objects in it."""
+def make_batch(size: tuple[int, int], objects: int) -> list[dict[str, Any]]:
+    """Create a batch of one random image (3, H, W) with objects."""
     torch.manual_seed(0)
     corners = torch.rand(objects, 2) * torch.tensor([size[1] - 99, size[0] - 99])
     instances = Instances(size)
@@ -80,40 +80,40 @@ def inputs(size: tuple[int, int], objects: int) -> list[dict[str, Any]]:
     return [{"image": image, "height": size[0], "width": size[1], "instances": instances}]
 
 
-def run(model: nn.Module, batch: list[dict[str, Any]]) -> float:
-    """Run a forward pass, in training with its backward pass; return the seconds."""
-    torch.manual_seed(0)  # of what a detector samples in training
-    start = now()
+def time_pass(model: nn.Module, batch: list[dict[str, Any]]) -> float:
+    """Run a forward pass, in training also a backward pass; return the seconds."""
+    torch.manual_seed(0)  # for the sampling in training
+    start = synchronized_time()
     if model.training:
         with EventStorage():
             sum(model(batch).values()).backward()
     else:
         with torch.no_grad():
             model(batch)
-    return now() - start
+    return synchronized_time() - start
 
 
 def main() -> None:
-    """Parse the arguments, measure, print."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", type=Path, default=CONFIG)
     parser.add_argument("--image-size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"))
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--train", action="store_true", help="forward and backward, not inference")
+    parser.add_argument("--train", action="store_true", help="measure forward and backward passes")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
     args = parser.parse_args()
     cfg = load_config(args.config_file, args.opts)
-    stock, ours = (model.train(args.train) for model in build(cfg))
-    batch = inputs(tuple(args.image_size), objects=10)
-    run(stock, batch), run(ours, batch)
+    stock, ours = (model.train(args.train) for model in build_detectors(cfg))
+    batch = make_batch(tuple(args.image_size), objects=10)
+    time_pass(stock, batch), time_pass(ours, batch)
     stopwatch = Stopwatch(ours)
     ratios, shares = [], []
     for i in range(args.rounds):
         stopwatch.seconds = 0.0
-        seconds = run(stock, batch)
-        ratios.append(run(ours, batch) / seconds)
+        seconds = time_pass(stock, batch)
+        ratios.append(time_pass(ours, batch) / seconds)
         shares.append(stopwatch.seconds / seconds)
         print(f"round {i + 1}: {100 * (ratios[-1] - 1):+.1f} %", flush=True)
     low, median, high = statistics.quantiles(ratios)

@@ -1,10 +1,9 @@
-"""Time and memory of the block's paths against each other and against other libraries' blocks.
+"""Compare time and memory of the block's paths with each other and with other libraries' blocks.
 
-Contenders have the same weights and, within 1e-5, the same output. They take turns in one process;
-a cell shows the median ratio of a contender's time to that of the "naive" path, and its memory: the
-peak above what was there before, in a process of its own; on a CPU, of resident memory.
-mmcv, pytorchvideo and timm take part where they are installed: `make peers` puts them into
-build/peers, for PYTHONPATH.
+All have the same weights and, within 1e-5, the same output, and take turns in one process. A cell
+of the table shows the median ratio of the time to that of the "naive" path, and the memory: the
+increase at the peak, in a separate process; on a CPU, of resident memory. mmcv, pytorchvideo and
+timm take part if they are installed: `make peers` puts them into build/peers, for PYTHONPATH.
 
     python dev/benchmark_non_local.py                                        # takes an hour
     python dev/benchmark_non_local.py --shapes res4 --pairwise dot_product
@@ -38,7 +37,7 @@ from nl_detectron.weights import convert
 
 
 class Shape(NamedTuple):
-    """A map (batch, channels, *size), and the subsampling of its keys."""
+    """An input (batch, channels, *size), and the subsampling of its keys."""
 
     batch: int
     channels: int
@@ -60,13 +59,13 @@ SHAPES = {
     "video-res4": Shape(1, 1024, (4, 14, 14), 2),
     "video-res3": Shape(1, 512, (4, 28, 28), 2),
     "long-video-res4": Shape(1, 1024, (16, 14, 14), 2),
-    # Square maps for the picture against the number of positions
+    # Square maps for the plot over the number of positions
     **{f"n{side**2}": Shape(1, 512, (side, side)) for side in (14, 28, 42, 65, 92, 130)},
 }
 
 
 class Case(NamedTuple):
-    """What is measured."""
+    """One configuration to measure."""
 
     shape: str
     pairwise: str
@@ -77,24 +76,24 @@ class Case(NamedTuple):
 
 
 def mmcv_block(case: Case, shape: Shape) -> nn.Module:
-    """mmcv's block: embeds, then pools by 2."""
+    """Build mmcv's block, which applies the convolutions, then pools by 2."""
     from mmcv.cnn.bricks import non_local
 
     if case.subsample_position == "before_conv" and shape.subsample > 1:
-        raise LookupError("mmcv pools after the convolutions")
+        raise LookupError("mmcv pools after the convolutions only")
     cls = getattr(non_local, f"NonLocal{len(shape.size)}d")
     return cls(shape.channels, sub_sample=shape.subsample > 1, mode=case.pairwise)
 
 
 def pytorchvideo_block(case: Case, shape: Shape) -> nn.Module:
-    """pytorchvideo's block (SlowFast's is the same): pools, then embeds; 3-D only."""
+    """Build pytorchvideo's block (as SlowFast's), which pools before the convolutions; 3-D only."""
     from pytorchvideo.layers.nonlocal_net import create_nonlocal
 
     forms = {"embedded_gaussian": "softmax", "dot_product": "dot_product"}
     if case.pairwise not in forms or (
         case.subsample_position == "after_conv" and shape.subsample > 1
     ):
-        raise LookupError("pytorchvideo has two forms, and pools before the convolutions")
+        raise LookupError("pytorchvideo has two pairwise forms, and pools before the convolutions")
     return create_nonlocal(
         dim_in=shape.channels,
         dim_inner=shape.channels // 2,
@@ -105,20 +104,20 @@ def pytorchvideo_block(case: Case, shape: Shape) -> nn.Module:
 
 
 def timm_block(case: Case, shape: Shape) -> nn.Module:
-    """timm's block: 2-D, embedded Gaussian, no pooling, batch norm."""
+    """Build timm's block: 2-D, embedded Gaussian, no pooling, batch norm."""
     from timm.layers import NonLocalAttn
 
     if case.pairwise != "embedded_gaussian" or shape.subsample > 1 or len(shape.size) != 2:
-        raise LookupError("timm has one form, for images, without pooling")
+        raise LookupError("timm has one pairwise form, for images, without pooling")
     return NonLocalAttn(shape.channels, rd_ratio=1 / 2)
 
 
 PEERS = {"mmcv": mmcv_block, "pytorchvideo": pytorchvideo_block, "timm": timm_block}
-CONTENDERS = [*dict.fromkeys(path for paths in ops.PATHS.values() for path in paths), *PEERS]
+IMPLEMENTATIONS = [*dict.fromkeys(path for paths in ops.PATHS.values() for path in paths), *PEERS]
 
 
-def build(case: Case, name: str) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """Build a contender, by the name of one of our paths or of another library, and its input.
+def build_block(case: Case, name: str) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """Build a block, by the name of one of our paths or of another library, and its input.
 
     Raises:
         ImportError: the library is not installed.
@@ -145,7 +144,7 @@ def build(case: Case, name: str) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     return block.to(case.device, dtype).eval(), x.to(case.device, dtype)
 
 
-def run(case: Case, block: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, Tensor]:
+def run_pass(case: Case, block: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, Tensor]:
     """Run one pass; return its seconds and its output."""
     synchronize = torch.cuda.synchronize if case.device == "cuda" else lambda: None
     synchronize()
@@ -159,20 +158,20 @@ def run(case: Case, block: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float
 
 
 def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function in a process of its own; return its result, None if it failed there."""
-    # A copy of this process, which must not compute anything itself: threads are not copied.
+    """Call a function in a new process; return its result, or None if it failed."""
+    # fork does not copy threads, so this process must not compute anything itself.
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
     def call() -> None:
         try:
             sender.send(function(*args))
-        except RuntimeError:  # out of memory; or mmcv's concatenation, which has no backward pass
+        except RuntimeError:  # out of memory, or mmcv's concatenation, which has no backward pass
             sender.send(None)
 
     process = context.Process(target=call)
     process.start()
-    sender.close()  # so that a process that was killed ends the wait
+    sender.close()  # recv then fails if the process is killed
     try:
         return receiver.recv()
     except EOFError:
@@ -181,66 +180,68 @@ def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
         process.join()
 
 
-def peak(case: Case, name: str) -> int:
-    """Return the bytes that a pass needs at its peak beyond the block and its input."""
-    block, x = build(case, name)
-    run(case, block, x[..., :8, :8].clone())  # loads libraries
+def peak_memory(case: Case, name: str) -> int:
+    """Return the peak memory of a pass in bytes, without the block and its input."""
+    block, x = build_block(case, name)
+    run_pass(case, block, x[..., :8, :8].clone())  # load libraries
     if case.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        run(case, block, x)
+        run_pass(case, block, x)
         return torch.cuda.max_memory_allocated() - before
-    # Stop what would make the machine swap.
+    # Fail rather than swap.
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     resource.setrlimit(resource.RLIMIT_AS, (memory * 3 // 4, -1))
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = resident("VmRSS")
-    run(case, block, x)
-    return resident("VmHWM") - before
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
+    before = process_memory("VmRSS")
+    run_pass(case, block, x)
+    return process_memory("VmHWM") - before
 
 
-def resident(field: str) -> int:
-    """Return a field of this process's memory in bytes: VmRSS, or its peak VmHWM."""
+def process_memory(field: str) -> int:
+    """Return a memory field of this process in bytes: VmRSS, or its peak VmHWM."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
 
 
-def race(case: Case, names: list[str], seconds: float) -> dict[str, list[float]]:
-    """Let contenders take turns for some time, at least five rounds; return seconds by name."""
-    blocks = {name: build(case, name) for name in names}
-    expected = run(case, *blocks[names[0]])[1]
+def time_rounds(case: Case, names: list[str], seconds: float) -> dict[str, list[float]]:
+    """Time the blocks in turns, for at least five rounds; return seconds by name."""
+    blocks = {name: build_block(case, name) for name in names}
+    expected = run_pass(case, *blocks[names[0]])[1]
     for name, (block, x) in blocks.items():
-        error = (run(case, block, x)[1].view_as(expected) - expected).abs().max()
+        error = (run_pass(case, block, x)[1].view_as(expected) - expected).abs().max()
         tolerance = (1e-5 if case.dtype == "float32" else 2e-2) * expected.abs().max()
-        assert error <= tolerance, f"{name} computes something else, by {error}"
+        assert error <= tolerance, f"the output of {name} differs by {error}"
     times: dict[str, list[float]] = {name: [] for name in names}
     start, rounds = time.perf_counter(), 0
     while rounds < 5 or time.perf_counter() - start < seconds:
         for name, (block, x) in blocks.items():
-            times[name].append(run(case, block, x)[0])
+            times[name].append(run_pass(case, block, x)[0])
         rounds += 1
     return times
 
 
 def chosen_path(case: Case) -> str:
-    """Return the path that the block takes by itself."""
+    """Return the path that the block chooses by default."""
     block: Any
-    block, x = build(case, "naive")
+    block, x = build_block(case, "naive")
     block.path = None
     with torch.set_grad_enabled(case.backward):
         return block.path_for(x)
 
 
 def measure(case: Case, seconds: float) -> dict[str, Any]:
-    """Return ratios of time and bytes of memory by contender, and the path that we choose."""
+    """Return time ratios and memory in bytes by name, and the path that the block chooses."""
     names = [
         *ops.PATHS[case.pairwise],
         *(name for name in PEERS if in_new_process(takes_part, case, name)),
     ]
-    memory = {name: in_new_process(peak, case, name) for name in names}
-    times = in_new_process(race, case, [n for n in names if memory[n] is not None], seconds)
+    memory = {name: in_new_process(peak_memory, case, name) for name in names}
+    times = in_new_process(time_rounds, case, [n for n in names if memory[n] is not None], seconds)
     if times is None:
-        raise SystemExit(f"{case}: the contenders disagree, or do not fit into memory together")
+        raise SystemExit(
+            f"{case}: the outputs differ, or the blocks do not fit into memory together"
+        )
     chosen = in_new_process(chosen_path, case)
 
     def ratio(name: str, base: str) -> float:
@@ -260,7 +261,7 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
 
 
 def takes_part(case: Case, peer: str) -> bool:
-    """Whether another library is installed and has such a block."""
+    """Return whether another library is installed and has such a block."""
     try:
         PEERS[peer](case, SHAPES[case.shape])
     except (ImportError, LookupError):
@@ -268,14 +269,14 @@ def takes_part(case: Case, peer: str) -> bool:
     return True
 
 
-def cells(result: dict[str, Any]) -> Iterator[str]:
-    """Yield the cells of a row of the table."""
+def table_cells(result: dict[str, Any]) -> Iterator[str]:
+    """Yield the cells of a table row."""
     case = result["case"]
     pooled = case["subsample_position"].split("_")[0] if SHAPES[case["shape"]].subsample > 1 else ""
     yield f"{case['shape']} {pooled}".strip()
     yield case["pairwise"].replace("_", " ")
     yield "forward + backward" if case["backward"] else "forward"
-    for name in CONTENDERS:
+    for name in IMPLEMENTATIONS:
         if name not in result["memory"]:
             yield ""
         elif result["memory"][name] is None:
@@ -288,8 +289,8 @@ def cells(result: dict[str, Any]) -> Iterator[str]:
     yield f"{best[1]:.3f} ({best[0]})" if best else ""
 
 
-def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Draw time and memory of the naive path and the chosen one against N."""
+def draw_curves(results: list[dict[str, Any]], path: Path) -> None:
+    """Plot time and memory of the naive and the chosen path over N."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -300,14 +301,14 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         rows = [r for r in results if r["case"]["pairwise"] == pairwise]
         rows.sort(key=lambda r: r["positions"])
         for quantity, ax in zip(("seconds", "memory"), axes):
-            for style, lean in (("--", False), ("-", True)):
-                names = [r["chosen"] if lean else "naive" for r in rows]
+            for style, chosen in (("--", False), ("-", True)):
+                names = [r["chosen"] if chosen else "naive" for r in rows]
                 points = [
                     (r["positions"], r[quantity][n] * (1e3 if quantity == "seconds" else 2**-20))
                     for r, n in zip(rows, names)
                     if r["memory"].get(n)
                 ]
-                label = pairwise.replace("_", " ") if lean else None
+                label = pairwise.replace("_", " ") if chosen else None
                 ax.loglog(*zip(*points), style, color=f"C{i}", marker=".", label=label)
     for ax, title in zip(axes, ("time, ms", "memory, MB")):
         ax.set(title=title, xlabel="positions N, keys not subsampled")
@@ -319,7 +320,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Parse the arguments, measure, print the table."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -330,7 +331,7 @@ def main() -> None:
         choices=SHAPES,
         default=named,
         metavar="SHAPE",
-        help=f"of {', '.join(SHAPES)}; default: all but n...",
+        help=f"of {', '.join(SHAPES)}; default: all except n...",
     )
     parser.add_argument("--pairwise", nargs="+", choices=ops.PAIRWISE, default=ops.PAIRWISE)
     parser.add_argument(
@@ -338,9 +339,9 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--seconds", type=float, default=10, help="that a case's rounds take")
-    parser.add_argument("--json", type=Path, help="write all numbers, too")
-    parser.add_argument("--picture", type=Path, help="draw time and memory against N")
+    parser.add_argument("--seconds", type=float, default=10, help="minimum time per case")
+    parser.add_argument("--json", type=Path, help="also write all numbers to this file")
+    parser.add_argument("--picture", type=Path, help="plot time and memory over N to this file")
     args = parser.parse_args()
     cases = [
         Case(shape, pairwise, position, p == "backward", args.device, args.dtype)
@@ -349,17 +350,17 @@ def main() -> None:
         for pairwise in args.pairwise
         for position in (SUBSAMPLE_POSITIONS[: 2 if SHAPES[shape].subsample > 1 else 1])
     ]
-    header = ["shape", "form", "pass", *CONTENDERS, "chosen / best peer"]
+    header = ["shape", "form", "pass", *IMPLEMENTATIONS, "chosen / best peer"]
     print("", *header, "", sep=" | ")
     print("", *["---"] * len(header), "", sep="|", flush=True)
     results = []
     for case in cases:
         results.append(measure(case, args.seconds))
-        print("", *cells(results[-1]), "", sep=" | ", flush=True)
+        print("", *table_cells(results[-1]), "", sep=" | ", flush=True)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
     if args.picture:
-        draw(results, args.picture)
+        draw_curves(results, args.picture)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Install detectron2 into the environment of the Python that runs this file.
+"""Install detectron2 for the Python that runs this file.
 
-A detectron2 that works is kept. Otherwise upstream's pinned commit is built from its git
-repository; where no git host can be reached, the package index's copy of the tag v0.6 is
-installed instead: it lacks the compiled part, which nothing here needs (RoIAlign and NMS are
-torchvision's), and EDITS lists every change that makes it run beside current numpy, Pillow and
-torch. Needs torch, torchvision and pip; standard library only.
+A working detectron2 is kept. Otherwise upstream's pinned commit is built from its git repository.
+If no git host is reachable, the package index's copy of the tag v0.6 is installed instead. It lacks
+the compiled extension, which is not needed here (RoIAlign and NMS are torchvision's); EDITS lists
+every change that makes it run with current numpy, Pillow and torch. Requires torch, torchvision and
+pip; uses the standard library only.
 
     python dev/install_detectron2.py [--source auto|upstream|index] [--dry-run]
 """
@@ -32,11 +32,11 @@ GIT_TIMEOUT = 15  # seconds
 
 
 class InstallError(Exception):
-    """One sentence for the user: what is wrong and what to do."""
+    """A message for the user that says what is wrong and what to do."""
 
 
 class Edit(NamedTuple):
-    """In ``path``, the whole words ``old`` become ``new``, exactly ``times`` times."""
+    """Replace the whole words ``old`` by ``new`` in ``path``, exactly ``times`` times."""
 
     path: str
     old: str
@@ -50,21 +50,21 @@ END_OF_EVAL = '"COCOeval_opt.accumulate() finished in {:0.2f} seconds.".format(t
 PLAIN_EVAL = "if _C is None:\n    COCOeval_opt = COCOeval"
 
 EDITS = (
-    # The compiled part is optional.
+    # The compiled extension is optional.
     Edit("layers/deform_conv.py", IMPORT_C, TRY_IMPORT_C, 1),
     Edit("layers/roi_align_rotated.py", IMPORT_C, TRY_IMPORT_C, 1),
     Edit("layers/rotated_boxes.py", IMPORT_C, TRY_IMPORT_C, 1),
     Edit("evaluation/fast_eval_api.py", IMPORT_C, TRY_IMPORT_C, 1),
-    # Without it, the evaluation that it would speed up is pycocotools' own.
+    # Without it, pycocotools replaces the faster evaluation.
     Edit("evaluation/fast_eval_api.py", END_OF_EVAL, f"{END_OF_EVAL}\n\n\n{PLAIN_EVAL}", 1),
-    # So is caffe2, which torch no longer carries.
+    # So is caffe2, which torch no longer includes.
     Edit(
         "export/__init__.py",
         "from .api import *",
         "try:\n    from .api import *\nexcept ImportError:\n    pass",
         1,
     ),
-    # numpy 1.24 dropped its aliases of the builtin types.
+    # numpy 1.24 removed its aliases of builtin types.
     Edit("data/build.py", "np.int", "int", 2),
     Edit("data/datasets/pascal_voc.py", "np.str", "str", 1),
     Edit("evaluation/pascal_voc_evaluation.py", "np.bool", "bool", 2),
@@ -73,11 +73,11 @@ EDITS = (
     Edit("structures/masks.py", "np.bool", "bool", 3),
     Edit("utils/video_visualizer.py", "np.bool", "bool", 1),
     Edit("utils/visualizer.py", "np.bool", "bool", 3),
-    # Pillow 10 dropped the old name.
+    # Pillow 10 removed the old name.
     Edit("data/transforms/transform.py", "Image.LINEAR", "Image.BILINEAR", 1),
 )
 
-# Replaces the upload's setup.py, which asks for C++ sources that the upload does not have.
+# Replaces the sdist's setup.py, which requires C++ sources that the sdist does not contain.
 SETUP = """\
 from setuptools import find_packages, setup
 
@@ -89,7 +89,7 @@ PROJECTS = {
 setup(
     name="detectron2",
     version="0.6",
-    description="detectron2's tag v0.6 without its compiled part",
+    description="detectron2's tag v0.6 without its compiled extension",
     url="https://github.com/facebookresearch/detectron2",
     license="Apache-2.0",
     packages=find_packages(exclude=("configs", "tests*")) + list(PROJECTS),
@@ -104,7 +104,7 @@ setup(
 )
 """
 
-# Only later commits have detectron2.tracking; __version__ is "0.6" for them and for the tag.
+# detectron2.tracking is newer than the tag v0.6; __version__ is "0.6" either way.
 PROBE = """
 import json, pathlib, detectron2
 from importlib.util import find_spec
@@ -136,7 +136,7 @@ build_model(cfg)
 
 
 def run_python(code: str) -> subprocess.CompletedProcess:
-    """Run ``code`` in a fresh process, away from folders and hooks that could stand in the way."""
+    """Run ``code`` in a new process, in an empty folder and without detectron2's hook."""
     env = {k: v for k, v in os.environ.items() if k != "DETECTRON2_ENV_MODULE"}
     command = [sys.executable, "-W", "ignore", "-c", code]
     with tempfile.TemporaryDirectory() as empty:
@@ -144,12 +144,12 @@ def run_python(code: str) -> subprocess.CompletedProcess:
 
 
 def last_line(text: str) -> str:
-    """The last line that says something: of a traceback, the error."""
+    """Return the last non-empty line; in a traceback, this is the error."""
     return next((line for line in reversed(text.splitlines()) if line.strip()), "no message")
 
 
 def find_detectron2() -> tuple[dict | None, str]:
-    """What the detectron2 of this environment is, or None and why it does not work."""
+    """Return the detectron2 of this environment, or None and the reason why it does not work."""
     done = run_python(PROBE + CHECK)
     if done.returncode:
         return None, last_line(done.stderr)
@@ -157,14 +157,14 @@ def find_detectron2() -> tuple[dict | None, str]:
 
 
 def describe(found: dict) -> str:
-    """Say in words which detectron2 was found."""
+    """Describe the detectron2 that was found."""
     age = "newer than the tag v0.6" if found["newer"] else "the tag v0.6"
     part = "with" if found["compiled"] else "without"
-    return f"detectron2 ({age}, {part} its compiled part detectron2._C) in {found['folder']}"
+    return f"detectron2 ({age}, {part} its compiled extension detectron2._C) in {found['folder']}"
 
 
 def check_tools() -> None:
-    """Refuse early, in words, where pip, torch or torchvision is missing."""
+    """Raise if pip, torch or torchvision is missing."""
     if run_python("import pip").returncode:
         raise InstallError(
             f"{sys.executable} has no pip; run `{sys.executable} -m ensurepip` first."
@@ -174,12 +174,12 @@ def check_tools() -> None:
         raise InstallError(
             "torch and torchvision must be installed first, as a matching pair: "
             f"`{sys.executable} -m pip install -c {CONSTRAINTS} torch torchvision` "
-            f"(importing them says: {last_line(done.stderr)})."
+            f"(import error: {last_line(done.stderr)})."
         )
 
 
-def git_refusal() -> str:
-    """Why upstream's repository cannot be read from here, or an empty string."""
+def git_error() -> str:
+    """Return why upstream's repository cannot be read, or an empty string."""
     if shutil.which("git") is None:
         return "git is not installed"
     command = ["git", "ls-remote", "--quiet", REPOSITORY, "HEAD"]
@@ -192,28 +192,28 @@ def git_refusal() -> str:
 
 
 def pip(*arguments: str | Path) -> None:
-    """Run this Python's pip and stop when it fails."""
+    """Run this Python's pip; raise if it fails."""
     command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
     print("+ pip", *arguments, flush=True)
     if subprocess.run(command).returncode:
-        raise InstallError(f"`pip {arguments[0]}` failed; its messages are above.")
+        raise InstallError(f"`pip {arguments[0]}` failed; see its output above.")
 
 
 def apply_edit(package: Path, edit: Edit) -> None:
-    """Apply ``edit`` below ``package``, or fail if the text is not there as often as it should."""
+    """Apply ``edit`` to ``package``; raise if the text occurs another number of times."""
     file = package / edit.path
     text = file.read_text(encoding="utf-8")
     new_text, times = re.subn(rf"(?<!\w){re.escape(edit.old)}(?!\w)", lambda _: edit.new, text)
     if times != edit.times:
         raise InstallError(
             f"{file}: expected {edit.old!r} {edit.times} times, found it {times} times; "
-            "this is not the source that the edit was written for."
+            "the edit does not apply to this source."
         )
     file.write_text(new_text, encoding="utf-8")
 
 
 def fetch_index_source(folder: Path) -> Path:
-    """Download the index's upload, verified by its hash, unpack it and make it run."""
+    """Download the index's sdist, verify its hash, unpack it and apply the edits."""
     requirement = folder / "requirement.txt"
     requirement.write_text(f"{SDIST} --hash=sha256:{SHA256}\n")
     options = ("--no-deps", "--no-build-isolation", "--no-binary", ":all:", "--require-hashes")
@@ -221,12 +221,12 @@ def fetch_index_source(folder: Path) -> Path:
         pip("download", *options, "--dest", folder, "--requirement", requirement)
     except InstallError as error:
         raise InstallError(
-            f"{error} Where they speak of direct URL dependencies: an extra of this upload, which "
-            "is not installed, has one, and pip 26.3 refuses it for that; `pip<26.3` does not."
+            f"{error} If it mentions direct URL dependencies: an unused extra of this sdist has "
+            "one, which pip 26.3 rejects; use `pip<26.3`."
         ) from error
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
-        tar.extractall(folder)  # the hash vouches for the paths in it
+        tar.extractall(folder)  # safe, because the hash was verified
     (source,) = (path for path in folder.iterdir() if path.is_dir())
     for edit in EDITS:
         apply_edit(source / "detectron2", edit)
@@ -235,18 +235,18 @@ def fetch_index_source(folder: Path) -> Path:
 
 
 def install(source: str) -> None:
-    """Build and install ``source``, then what it needs, and an OpenCV where there is none."""
+    """Build and install ``source``, then its dependencies, and OpenCV if it is missing."""
     pip("install", "--constraint", CONSTRAINTS, "setuptools<81", "wheel", "ninja")
     with tempfile.TemporaryDirectory() as folder:
         if source == "index":
             code: str | Path = fetch_index_source(Path(folder))
         else:
             code = f"git+{REPOSITORY}@{COMMIT}"
-        # Versions do not tell the sources apart: without force, pip would keep what it finds, and
+        # Both sources have the same version: without force, pip would keep what is installed, and
         # its cache may hold a build for another torch.
         options = ("--no-deps", "--no-build-isolation", "--no-cache-dir", "--force-reinstall")
         pip("install", *options, code)
-    needs = ["setuptools<81"]  # detectron2.model_zoo imports pkg_resources, gone from 82
+    needs = ["setuptools<81"]  # detectron2.model_zoo imports pkg_resources, removed in 82
     if run_python("import cv2").returncode:
         needs.append("opencv-python-headless")  # opencv-python needs libGL
     listed = run_python(
@@ -256,19 +256,19 @@ def install(source: str) -> None:
     pip("install", "--constraint", CONSTRAINTS, *needs)
 
 
-def choose_source(wish: str) -> str:
-    """``wish`` with ``auto`` resolved, after one line on what was found out."""
-    refusal = "" if wish == "index" else git_refusal()
-    if not refusal:
-        return "upstream" if wish == "auto" else wish
-    if wish == "upstream":
-        raise InstallError(f"{REPOSITORY} cannot be read ({refusal}); try --source index.")
-    print(f"{REPOSITORY} cannot be read ({refusal}): taking the package index's copy of v0.6.")
+def choose_source(requested: str) -> str:
+    """Resolve ``auto``, and print why upstream is not used."""
+    error = "" if requested == "index" else git_error()
+    if not error:
+        return "upstream" if requested == "auto" else requested
+    if requested == "upstream":
+        raise InstallError(f"{REPOSITORY} cannot be read ({error}); try --source index.")
+    print(f"{REPOSITORY} cannot be read ({error}); using the package index's copy of v0.6.")
     return "index"
 
 
 def plan(source: str) -> str:
-    """What ``install`` would do, in words."""
+    """Describe what ``install`` would do."""
     if source == "upstream":
         return f"would build and install git+{REPOSITORY}@{COMMIT}"
     lines = [f"would download {SDIST} (sha256 {SHA256}) and install it as detectron2 0.6 after:"]
@@ -277,7 +277,7 @@ def plan(source: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse arguments, then keep, plan or install."""
+    """Keep a working detectron2, or plan or run the installation."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -285,25 +285,25 @@ def main(argv: list[str] | None = None) -> None:
         "--source",
         choices=("auto", "upstream", "index"),
         default="auto",
-        help="auto keeps a working detectron2; the others replace it (default: %(default)s)",
+        help="auto keeps a working detectron2, the others replace it (default: %(default)s)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the plan, change nothing")
+    parser.add_argument("--dry-run", action="store_true", help="only print what would be done")
     args = parser.parse_args(argv)
     check_tools()
     if args.source == "auto":
-        found, why_not = find_detectron2()
+        found, reason = find_detectron2()
         if found:
             print("kept:", describe(found))
             return
-        print(f"no working detectron2 here ({why_not}).")
+        print(f"no working detectron2 here ({reason}).")
     source = choose_source(args.source)
     if args.dry_run:
         print(plan(source))
         return
     install(source)
-    found, why_not = find_detectron2()
+    found, reason = find_detectron2()
     if not found:
-        raise InstallError(f"detectron2 was installed but does not work: {why_not}")
+        raise InstallError(f"detectron2 was installed but does not work: {reason}")
     print("installed:", describe(found))
 
 

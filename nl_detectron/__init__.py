@@ -2,11 +2,11 @@
 
 import warnings
 
-# First of all: if DETECTRON2_ENV_MODULE names this package, importing detectron2 calls back into
-# it, and the modules below must find a whole detectron2.
+# Must come first: if DETECTRON2_ENV_MODULE names this package, importing detectron2 calls back into
+# it, and the modules below need a fully imported detectron2.
 try:
     with warnings.catch_warnings():
-        # which only detectron2 can mend
+        # raised by detectron2's own code
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
         import detectron2
         import detectron2.modeling
@@ -14,7 +14,7 @@ except ModuleNotFoundError as error:
     if error.name != "detectron2":
         raise
     raise ModuleNotFoundError(
-        "nl_detectron needs detectron2, which is not on the package index under that name: "
+        "nl_detectron needs detectron2, which the package index does not carry under that name: "
         "`nl-detectron doctor` prints the command that installs it",
         name="detectron2",
     ) from None
@@ -41,6 +41,6 @@ __all__ = [
     "insert_non_local_blocks",
 ]
 
-del detectron2, warnings  # not names of this package
+del detectron2, warnings  # not public names of this package
 
 __version__ = "0.1.0"

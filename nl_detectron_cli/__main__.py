@@ -1,4 +1,4 @@
-"""``python -m nl_detectron_cli`` is ``nl-detectron``."""
+"""Run ``nl-detectron`` as ``python -m nl_detectron_cli``."""
 
 from nl_detectron_cli import main
 

@@ -1,9 +1,9 @@
-"""Train a detector with and without its non-local blocks, all else equal, and compare.
+"""Train a detector with and without its non-local blocks under identical conditions, and compare.
 
-Takes a config with blocks. The detector and the same one without blocks start with the same
-weights, are trained on the same images in the same order (SEED, or 0 where the config has none),
-and are evaluated. The arguments are those of `train`. OUTPUT_DIR then holds what each training
-left, in stock/ and non_local/, and the comparison: losses.png, and every loss and AP in ab.json.
+The config must have blocks. Both models start from the same weights, are trained on the same images
+in the same order (SEED, or 0 if the config has none), and are evaluated. The arguments are those of
+`nl-detectron train`. OUTPUT_DIR receives the output of both trainings, in stock/ and non_local/,
+and the comparison: losses.png, and all losses and APs in ab.json.
 
     nl-detectron ab --config-file quick_schedules/mask_rcnn_R_18_NL_FPN_overfit.yaml \\
         --train-json train.json --train-images train/ --test-json val.json --test-images val/ \\
@@ -18,40 +18,42 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nl_detectron_cli.arguments import argument_parser, load_options
-from nl_detectron_cli.threads import let_threads_sleep
+from nl_detectron_cli.arguments import load_options, training_parser
+from nl_detectron_cli.threads import limit_thread_spinning
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
-    from nl_detectron.engine.ablation import Run
+    from nl_detectron.engine.ablation import TrainingResult
 
 logger = logging.getLogger("nl_detectron.ab")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The arguments of a training, but for two that mean nothing here."""
-    parser = argument_parser(__doc__)
+    """Parse the arguments of a training, and reject two that do not apply."""
+    parser = training_parser(__doc__)
     args = parser.parse_args(argv)
     if args.resume or args.eval_only:
-        parser.error("--resume and --eval-only: both models are trained from the start")
+        parser.error(
+            "--resume and --eval-only do not apply: both models are trained from the start"
+        )
     return args
 
 
 def check(args: argparse.Namespace, cfg: CfgNode) -> None:
-    """Refuse a config without blocks, and weights that either model could not start with."""
+    """Check that the config has blocks, and that the weights fit both models."""
     from nl_detectron.config import without_blocks
     from nl_detectron.engine.coco.trainer import CocoTrainer
     from nl_detectron.non_local import find_blocks
 
     options = load_options(args)
-    if not find_blocks(CocoTrainer.rehearse(cfg, resume=False, **options)):
+    if not find_blocks(CocoTrainer.dry_run(cfg, resume=False, **options)):
         raise ValueError(
-            f"{args.config_file} has no blocks to leave out: MODEL.BACKBONE.NAME is "
+            f"{args.config_file} has no blocks to compare without: MODEL.BACKBONE.NAME is "
             f"{cfg.MODEL.BACKBONE.NAME}, MODEL.ROI_KEYPOINT_HEAD.NAME is "
             f"{cfg.MODEL.ROI_KEYPOINT_HEAD.NAME}"
         )
-    CocoTrainer.rehearse(without_blocks(cfg), resume=False, **options)
+    CocoTrainer.dry_run(without_blocks(cfg), resume=False, **options)
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -59,25 +61,25 @@ def compare(args: argparse.Namespace) -> None:
     from detectron2.utils import comm
 
     from nl_detectron.config import without_blocks
-    from nl_detectron.engine.ablation import LABELS, train_and_evaluate
+    from nl_detectron.engine.ablation import VARIANTS, train_and_evaluate
     from nl_detectron.engine.coco.trainer import PairedCocoTrainer, setup
 
     cfg = setup(args)
     runs = {}
-    for number, (variant, label) in enumerate(LABELS.items(), start=1):
-        logger.info("Training %d of %d: %s", number, len(LABELS), label)
+    for number, (variant, label) in enumerate(VARIANTS.items(), start=1):
+        logger.info("Training %d of %d: %s", number, len(VARIANTS), label)
         variant_cfg = without_blocks(cfg) if variant == "stock" else cfg.clone()
         variant_cfg.defrost()
         variant_cfg.SEED = max(cfg.SEED, 0)
         variant_cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR) / variant)
         runs[variant] = train_and_evaluate(variant_cfg, PairedCocoTrainer, **load_options(args))
     if comm.is_main_process():
-        report(runs, Path(cfg.OUTPUT_DIR))
+        write_report(runs, Path(cfg.OUTPUT_DIR))
 
 
-def report(runs: dict[str, Run], output: Path) -> None:
+def write_report(runs: dict[str, TrainingResult], output: Path) -> None:
     """Write and print the comparison."""
-    from nl_detectron.engine.ablation import LABELS, draw_losses, score_table
+    from nl_detectron.engine.ablation import VARIANTS, draw_losses, score_table
     from nl_detectron.engine.coco.trainer import CocoTrainer
 
     aps = {
@@ -89,20 +91,20 @@ def report(runs: dict[str, Run], output: Path) -> None:
     (output / "ab.json").write_text(json.dumps({"ap": aps, "losses": losses}))
     draw_losses(
         output / "losses.png",
-        {LABELS[variant]: curves["total_loss"] for variant, curves in losses.items()},
+        {VARIANTS[variant]: curves["total_loss"] for variant, curves in losses.items()},
     )
 
     first, other = ({name: loss[0] for name, loss in run.losses.items()} for run in runs.values())
     print("\nloss of the first iteration: ", end="")
     if first == other:
-        print(f"{first['total_loss']} in both, equal to the last bit")
+        print(f"{first['total_loss']} in both, bit for bit")
     else:
         print(
-            f"{first['total_loss']} and {other['total_loss']}, not equal: this device does not "
-            "compute the same way twice"
+            f"{first['total_loss']} and {other['total_loss']}, not equal: this device is not "
+            "deterministic"
         )
     if aps["stock"]:
-        scores = {LABELS[variant]: run.scores for variant, run in runs.items()}
+        scores = {VARIANTS[variant]: run.scores for variant, run in runs.items()}
         print("\n" + score_table(scores, CocoTrainer.metrics))
     print(f"\n{output / 'losses.png'}\n{output / 'ab.json'}")
 
@@ -110,7 +112,7 @@ def report(runs: dict[str, Run], output: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
     args = parse_args(argv)
-    let_threads_sleep()
+    limit_thread_spinning()
     from nl_detectron.engine.coco.trainer import read_config
     from nl_detectron.engine.launch import launch
 

@@ -1,4 +1,4 @@
-"""Arguments that commands share. The standard library alone, so that ``--help`` is fast."""
+"""Arguments that commands share; imports only the standard library, to keep ``--help`` fast."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
-    """Return a type of argument."""
+    """Return an argparse type: an integer of at least ``minimum``."""
 
     def parse(text: str) -> int:
         if not text.lstrip("-").isdigit() or int(text) < minimum:
@@ -22,16 +22,23 @@ def at_least(minimum: int) -> Callable[[str], int]:
 
 
 def config_file(text: str) -> str:
-    """A type of argument: the path of a config, or its name in the model zoo. Returns the path.
+    """Argparse type: the path of a config, or its name in the model zoo. Returns the path.
 
-    A mistake ends the program as one in the config does: with one sentence.
+    Invalid values end the program with a one-line message and exit code 1, as invalid configs do.
     """
-    # Run by itself: importing it would import nl_detectron, and with it torch and detectron2.
+    # Run the file, because importing it would import nl_detectron, and thus torch and detectron2.
     zoo = Path(__file__).resolve().parents[1] / "nl_detectron" / "model_zoo" / "files.py"
     try:
         return runpy.run_path(str(zoo))["find_config_file"](text)
     except ValueError as error:
         raise SystemExit(f"--config-file {error}") from None
+
+
+def command_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser that prints the description as it is."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def add_config_file(
@@ -40,100 +47,131 @@ def add_config_file(
     *,
     required: bool = True,
 ) -> None:
-    """Add ``--config-file``, the only place that says what it takes."""
+    """Add ``--config-file``."""
     parser.add_argument(
         "--config-file", type=config_file, required=required, metavar="FILE", help=help
     )
 
 
-class Renamed(argparse.Action):
-    """An option of an earlier version, refused with its new name, ``const``."""
+def add_opts(parser: argparse.ArgumentParser, example: str = "") -> None:
+    """Add the config overrides, which come last on the command line."""
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help=f"config keys and values{example}")
+
+
+def add_model_and_images(parser: argparse.ArgumentParser) -> None:
+    """Add the options of commands that run a trained model on images."""
+    add_config_file(parser)
+    parser.add_argument("--weights", metavar="FILE", help="checkpoint (default: MODEL.WEIGHTS)")
+    parser.add_argument("--input", type=Path, required=True, help="image, or folder of images")
+
+
+def add_score_threshold(parser: argparse.ArgumentParser, help: str) -> None:
+    """Add ``--score-threshold``."""
+    parser.add_argument(
+        "--score-threshold",
+        type=probability,
+        default=0.5,
+        metavar="SCORE",
+        help=f"{help} (default: %(default)s)",
+    )
+
+
+def probability(text: str) -> float:
+    """Argparse type: a number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text}")
+    return value
+
+
+class RenamedOption(argparse.Action):
+    """Rejects an option of an earlier version, and prints its new name, ``const``."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
-        """Refuse it."""
+        """Exit with an error."""
         parser.error(f"{self.option_strings[0]} is now called {self.const}")
 
 
-def argument_parser(description: str) -> argparse.ArgumentParser:
-    """The arguments of detectron2's train_net, and ours."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def training_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser with the arguments of detectron2's train_net, and our own."""
+    parser = command_parser(description)
     add_config_file(parser)
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the last checkpoint in OUTPUT_DIR, if there is one",
+        help="resume from the last checkpoint in OUTPUT_DIR, if there is one",
     )
-    parser.add_argument("--eval-only", action="store_true", help="evaluate, do not train")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate only")
     processes = parser.add_mutually_exclusive_group()
     processes.add_argument(
         "--num-gpus",
         type=at_least(1),
         default=1,
         metavar="N",
-        help="GPUs on each machine (default: %(default)s)",
+        help="number of GPUs per machine (default: %(default)s)",
     )
     processes.add_argument(
-        "--num-processes", type=at_least(1), metavar="N", help="the same where there is no GPU"
+        "--num-processes", type=at_least(1), metavar="N", help="number of CPU processes per machine"
     )
     parser.add_argument(
-        "--num-machines", type=at_least(1), default=1, metavar="N", help="(default: %(default)s)"
+        "--num-machines",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="number of machines (default: %(default)s)",
     )
     parser.add_argument(
         "--machine-rank",
         type=at_least(0),
         default=0,
         metavar="N",
-        help="of this machine (default: %(default)s)",
+        help="rank of this machine, from 0 (default: %(default)s)",
     )
-    # A port for each user, as in detectron2: a second run of the same user says that it is taken.
+    # One port per user, as in detectron2; a second run of the same user fails, as it is in use.
     port = 2**15 + 2**14 + hash(os.getuid() if hasattr(os, "getuid") else 1) % 2**14
     parser.add_argument(
         "--dist-url",
         default=f"tcp://127.0.0.1:{port}",
-        help="where processes meet; on one machine, auto finds a free port (default: %(default)s)",
+        help="URL to initialize processes; auto finds a free port (default: %(default)s)",
     )
     for split in ("train", "test"):
         parser.add_argument(f"--{split}-json", help=f"custom COCO annotations to {split} on")
-        parser.add_argument(f"--{split}-images", help=f"the image folder of --{split}-json")
+        parser.add_argument(f"--{split}-images", help=f"image folder of --{split}-json")
     parser.add_argument(
         "--allow-missing",
         action="append",
         default=[],
         metavar="PREFIX",
-        help="a part of the model to start from scratch, such as roi_heads.box_predictor; all else "
-        "but non-local blocks must be in the checkpoint; may be given several times",
+        help="parameters to train from scratch, such as roi_heads.box_predictor; all others "
+        "except non-local blocks must be in the checkpoint; repeatable",
     )
     parser.add_argument(
-        "--may-lack", action=Renamed, const="--allow-missing", help=argparse.SUPPRESS
+        "--may-lack", action=RenamedOption, const="--allow-missing", help=argparse.SUPPRESS
     )
     parser.add_argument(
         "--allow-partial",
         action="append_const",
         dest="allow_missing",
         const="",
-        help="accept a checkpoint that lacks anything",
+        help="accept any missing parameters",
     )
     parser.add_argument(
         "--strip-blocks",
         action="store_true",
-        help="leave out the non-local blocks of the checkpoint, which is refused otherwise where "
-        "the model has no place for them",
+        help="drop the checkpoint's non-local blocks; otherwise a checkpoint with blocks that the "
+        "model does not have is refused",
     )
     parser.add_argument(
         "--scale-lr",
         action="store_true",
-        help="scale learning rate, iterations and periods linearly from the batch size of the "
-        "config to that of SOLVER.IMS_PER_BATCH on the command line; keys given there stay",
+        help="scale learning rate, iterations and periods linearly from the config's batch size "
+        "to the SOLVER.IMS_PER_BATCH on the command line; other keys given there are kept",
     )
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, help="config keys and values, such as SOLVER.BASE_LR 0.01"
-    )
+    add_opts(parser, ", such as SOLVER.BASE_LR 0.01")
     return parser
 
 
 def load_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What the arguments say about loading a checkpoint, for a ``StrictCheckpointer``."""
+    """Return the options of ``StrictCheckpointer`` that the arguments ask for."""
     options = {"allow_missing": args.allow_missing, "strip_blocks": args.strip_blocks}
     return {**options, "complete": args.eval_only}

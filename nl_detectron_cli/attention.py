@@ -1,12 +1,12 @@
-"""Draw where a pixel, or a person's joint, looks through the non-local blocks of a trained model.
+"""Draw the attention of a pixel, or of a keypoint, in the non-local blocks of a trained model.
 
-Every query gives two figures for a paper, a heat map and the arrows of the paper's Figure 3, and
-the raw map as .npz (weights, boxes of the keys in the image, query). Where there are several
-queries, blocks or images, grid.png shows them side by side.
+Every query yields two figures for a paper, a heat map and arrows like those of the paper's Figure
+3, and the raw map as .npz (weights, boxes of the keys in the image, query). With several queries,
+blocks or images, grid.png shows them side by side.
 
-Colours are on a logarithmic scale. The heat map interpolates places on that scale between the
-centres of the keys (--cells does not); arrows go to the strongest keys until these hold 90% of the
-weight, to 20 at most, and are the wider and the more opaque the larger a key's share is.
+Colors are on a logarithmic scale. The heat map is interpolated on that scale between the centers of
+the keys, unless --cells is given. Arrows go to the strongest keys until they hold 90% of the
+weight, at most 20; the larger a key's share, the wider and more opaque its arrow.
 
     nl-detectron attention --config-file my.yaml --weights model_final.pth \\
         --input image.jpg --query 320,240 --block res4.non_local4 --output attention
@@ -21,146 +21,146 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nl_detectron_cli.arguments import add_config_file
+from nl_detectron_cli.arguments import (
+    add_model_and_images,
+    add_opts,
+    add_score_threshold,
+    command_parser,
+)
 
 if TYPE_CHECKING:
-    from nl_detectron.analysis.queries import Answer
+    from nl_detectron.analysis.queries import QueryResult
     from nl_detectron.engine.frames import Frame
 
-GRID = 12  # pairs of pictures in grid.png, at most
+MAX_PAIRS = 12  # in grid.png
 
 
 def point(text: str) -> tuple[int, int]:
-    """Parse X,Y."""
+    """Argparse type: X,Y."""
     x, comma, y = text.partition(",")
     if not (comma and x.isdecimal() and y.isdecimal()):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no X,Y, two whole numbers from 0 such as 320,240"
+            f"must be X,Y, two non-negative integers such as 320,240, got {text!r}"
         )
     return int(x), int(y)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_config_file(parser)
-    parser.add_argument("--weights", metavar="FILE", help="checkpoint (default: the config's)")
-    parser.add_argument("--input", type=Path, required=True, help="image, or folder of images")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the pictures")
+    parser = command_parser(__doc__)
+    add_model_and_images(parser)
+    parser.add_argument("--output", type=Path, required=True, help="folder for the figures")
     parser.add_argument(
         "--query",
         type=point,
         action="append",
         default=[],
         metavar="X,Y",
-        help="a pixel to look from; may be given several times",
+        help="pixel to query; repeatable",
     )
     parser.add_argument(
         "--joint",
         action="append",
         default=[],
-        help="a joint of the best detection to look from, by name or by index from 0; likewise",
+        help="keypoint of the best detection to query, by name or 0-based index; repeatable",
     )
     parser.add_argument(
         "--block",
         action="append",
         default=[],
         metavar="NAME",
-        help="end of a block's name, * and ? allowed; likewise (default: all blocks)",
+        help="end of a block's name, may contain * and ?; repeatable (default: all blocks)",
+    )
+    add_score_threshold(
+        parser,
+        "minimum score of a detection, to take joints from it, or to query the keypoint head in it",
     )
     parser.add_argument(
-        "--score-threshold",
-        type=float,
-        default=0.5,
-        help="of the detections that joints are taken from, and that a query for a block of the "
-        "keypoint head must be in (default: %(default)s)",
+        "--cells", action="store_true", help="draw one rectangle per key, without interpolation"
     )
-    parser.add_argument(
-        "--cells", action="store_true", help="heat map: one rectangle per key, no interpolation"
-    )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
-    words: list[str] = []
-    for word in sys.argv[1:] if argv is None else argv:
-        if words and words[-1] == "--query":  # argparse would take -5,20 for an option
-            words[-1] += f"={word}"
+    add_opts(parser)
+    arguments: list[str] = []
+    for argument in sys.argv[1:] if argv is None else argv:
+        if arguments and arguments[-1] == "--query":  # argparse would parse -5,20 as an option
+            arguments[-1] += f"={argument}"
         else:
-            words.append(word)
-    args = parser.parse_args(words)
+            arguments.append(argument)
+    args = parser.parse_args(arguments)
     if not args.query and not args.joint:
         parser.error("give at least one --query or --joint")
-    if not 0 <= args.score_threshold <= 1:
-        parser.error(f"--score-threshold must be within 0 and 1, got {args.score_threshold}")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Draw."""
+    """Draw the figures."""
     args = parse_args(argv)
 
     from tqdm import tqdm
 
-    from nl_detectron.analysis.drawing.figures import save_grid
-    from nl_detectron.analysis.queries import Queries, answer, joint_indices
+    from nl_detectron.analysis.drawing.figures import save_image_grid
+    from nl_detectron.analysis.queries import QuerySpec, joint_indices, query_attention
     from nl_detectron.config import load_config
     from nl_detectron.engine.coco.metadata import model_metadata
-    from nl_detectron.engine.console import mistakes_in_one_sentence, quiet_detectron2
-    from nl_detectron.engine.frames import Images, make_folder, report_done
+    from nl_detectron.engine.console import errors_without_traceback, suppress_detectron2_warnings
+    from nl_detectron.engine.frames import Images, make_output_folder, print_summary
     from nl_detectron.engine.predictor import Predictor
     from nl_detectron.non_local import find_blocks
 
-    with mistakes_in_one_sentence():
+    with errors_without_traceback():
         cfg = load_config(args.config_file, args.opts)
         metadata = model_metadata(cfg, args.weights)
         joints = joint_indices(args.joint, cfg, metadata)
-        queries = Queries(args.query, joints, args.block, args.score_threshold)
+        queries = QuerySpec(args.query, joints, args.block, args.score_threshold)
         images = Images(args.input)
-        make_folder(args.output)
+        make_output_folder(args.output)
         predictor = Predictor(cfg, args.weights)
-        find_blocks(predictor.model, *(args.block or "*"))  # refuses unknown ones now
+        find_blocks(predictor.model, *(args.block or "*"))  # raises for unknown blocks
 
-    pictures: list[Path] = []
-    with quiet_detectron2():
+    files: list[Path] = []
+    with suppress_detectron2_warnings():
         for frame in tqdm(images, unit="image"):
             try:
-                for found in answer(queries, predictor, metadata, frame.image):
-                    pictures += save(found, frame, args.output / images.stem(frame), args.cells)
-                    tqdm.write(f"{frame.name}, {found.block}: from {found.query} {found.in_words}")
+                for result in query_attention(queries, predictor, metadata, frame.image):
+                    files += save_figures(
+                        result, frame, args.output / images.stem(frame), args.cells
+                    )
+                    tqdm.write(
+                        f"{frame.name}, {result.block}: from {result.query} {result.summary}"
+                    )
             except (OSError, ValueError) as error:
                 images.skip(frame.name, error)
-    report_done(args.input, len(images) - images.skipped, images.skipped)
-    shown = pictures[: 2 * GRID]
+    print_summary(args.input, len(images) - images.skipped, images.skipped)
+    shown = files[: 2 * MAX_PAIRS]
     if len(shown) > 2:
-        save_grid(args.output / "grid.png", shown, columns(len(shown)))
-        print(f"{args.output / 'grid.png'} shows {len(shown)} of {len(pictures)} pictures")
+        save_image_grid(args.output / "grid.png", shown, grid_columns(len(shown)))
+        print(f"{args.output / 'grid.png'} shows {len(shown)} of {len(files)} figures")
 
 
-def columns(pictures: int) -> int:
-    """Columns of a grid of pairs of pictures, up to three pairs, that leave no place empty."""
-    return max(n for n in (2, 4, 6) if pictures % n == 0)
+def grid_columns(figures: int) -> int:
+    """Return the number of columns, 2, 4 or 6, that leaves no cell of the grid empty."""
+    return max(n for n in (2, 4, 6) if figures % n == 0)
 
 
-def save(found: Answer, frame: Frame, stem: Path, cells: bool) -> list[Path]:
-    """Write the two pictures of a query, which are returned, and the raw map."""
+def save_figures(result: QueryResult, frame: Frame, stem: Path, cells: bool) -> list[Path]:
+    """Write the two figures of a query and the raw map; return the figures' files."""
     import numpy as np
 
-    from nl_detectron.analysis.drawing.canvas import Subject
+    from nl_detectron.analysis.drawing.canvas import FigureData
     from nl_detectron.analysis.drawing.figures import draw_arrows, draw_heat_map
 
-    block = ".".join(found.block.split(".")[-2:])
-    title = f"{block}, {found.title}\n{frame.name}"
-    subject = Subject(
-        [frame.image[:, :, ::-1]], found.attention, title, found.detection, found.view
+    block = ".".join(result.block.split(".")[-2:])
+    title = f"{block}, {result.title}\n{frame.name}"
+    data = FigureData(
+        [frame.image[:, :, ::-1]], result.attention, title, result.detection, result.crop
     )
-    figures = {"heat": draw_heat_map(subject, smooth=not cells), "arrows": draw_arrows(subject)}
-    files = [Path(f"{stem}.{block}.{found.query}.{kind}.png") for kind in figures]
+    figures = {"heat": draw_heat_map(data, smooth=not cells), "arrows": draw_arrows(data)}
+    files = [Path(f"{stem}.{block}.{result.query}.{kind}.png") for kind in figures]
     for file, figure in zip(files, figures.values()):
         figure.savefig(file)
     np.savez(
-        f"{stem}.{block}.{found.query}.npz",
-        weights=found.attention.weights,
-        boxes=found.attention.boxes,
-        query=np.array(found.attention.query),
+        f"{stem}.{block}.{result.query}.npz",
+        weights=result.attention.weights,
+        boxes=result.attention.boxes,
+        query=np.array(result.attention.query),
     )
     return files

@@ -1,7 +1,8 @@
 """Convert weights between this package, detectron2, and other libraries with ResNets or blocks.
 
-Files are .pth, .pt, .pyth, .pkl or .safetensors. What weights do not tell of a block, such as its
-subsampling, comes from --config-file or --block. What is printed at the end belongs in the config.
+Files are .pth, .pt, .pyth, .pkl or .safetensors. What weights do not reveal about a block, such as
+its subsampling, is taken from --config-file or --block. The settings printed at the end belong in
+the config.
 
     nl-detectron convert resnet50.pth R-50.pkl --from torchvision --to detectron2
     nl-detectron convert i3d_nl.pth blocks.pth --from mmcv --to nl_detectron --dim 2
@@ -15,7 +16,7 @@ import argparse
 import ast
 from typing import Any
 
-from nl_detectron_cli.arguments import add_config_file
+from nl_detectron_cli.arguments import add_config_file, command_parser
 
 LIBRARIES = (
     *("nl_detectron", "detectron2", "mmcv", "pytorchvideo", "slowfast", "alexhex7", "timm"),
@@ -25,7 +26,7 @@ LIBRARIES = (
 
 
 def block_option(text: str) -> tuple[str, Any]:
-    """Parse NAME=VALUE."""
+    """Argparse type: NAME=VALUE."""
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
@@ -36,27 +37,30 @@ def block_option(text: str) -> tuple[str, Any]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The arguments, without importing what takes seconds to import."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Parse the arguments, without slow imports."""
+    parser = command_parser(__doc__)
     parser.add_argument("input", help="checkpoint to read")
     parser.add_argument("output", help="checkpoint to write")
     parser.add_argument("--from", required=True, choices=LIBRARIES, dest="source")
     parser.add_argument("--to", required=True, choices=LIBRARIES, dest="target")
-    parser.add_argument("--dim", type=int, choices=(1, 2, 3), help="axes: 2 images, 3 video")
+    parser.add_argument(
+        "--dim",
+        type=int,
+        choices=(1, 2, 3),
+        help="dimensions of the blocks: 2 for images, 3 for video",
+    )
     parser.add_argument(
         "--block",
         type=block_option,
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
-        help="arguments of NonLocalBlock, for all blocks",
+        help="arguments of NonLocalBlock, applied to all blocks",
     )
     add_config_file(
         parser,
-        "a YAML config of ours, or its name in the model zoo: says what its blocks compute; blocks "
-        "of it that the weights lack are added",
+        "YAML config that specifies the blocks, or its name in the model zoo; blocks missing from "
+        "the weights are added",
         required=False,
     )
     parser.add_argument("--verbose", action="store_true", help="print every key")
@@ -64,14 +68,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Convert the file, and print the account."""
+    """Convert the file, and print the report."""
     args = parse_args(argv)
 
-    from nl_detectron.engine.console import mistakes_in_one_sentence
+    from nl_detectron.engine.console import errors_without_traceback
     from nl_detectron.weights import DIALECTS, convert, load, report, save
     from nl_detectron.weights.config_blocks import ConfigBlocks
 
-    with mistakes_in_one_sentence():
+    with errors_without_traceback():
         config = ConfigBlocks(args.config_file) if args.config_file else None
 
         def options(name: str) -> dict[str, Any]:

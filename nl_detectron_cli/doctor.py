@@ -1,7 +1,7 @@
-"""Tell whether everything that nl_detectron needs is installed and works, and how to mend it.
+"""Check that everything nl_detectron needs is installed and works; print how to fix it if not.
 
-Each line is ok, a note, a warning or an error. The exit code is 0 where there are no warnings and
-no errors, 1 where there are warnings, 2 where something is broken.
+Each line is ok, a note, a warning or an error. The exit code is 0 without warnings and errors, 1
+with warnings, 2 with errors.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nl_detectron_cli import probes
+from nl_detectron_cli.arguments import command_parser
 from nl_detectron_cli.probes import probe
 
 STATES = {"ok": 0, "note": 0, "warning": 1, "error": 2}
-"""Exit code of each."""
+"""Exit code of each state."""
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTED = Path(__file__).with_name("tested.json")
@@ -31,7 +32,7 @@ DETECTRON2 = (
     "git+https://github.com/facebookresearch/detectron2.git"
     "@02b5c4e295e990042a714712c21dc79b731e8833"
 )
-# What pip calls them, where it is not the module's name.
+# Names on the package index that differ from the module's.
 PROJECTS = {
     "PIL": "pillow",
     "cv2": "opencv-python-headless",
@@ -51,7 +52,7 @@ COCO = {
     for year in (2014, 2017)
     for split in ("train", "val")
 }
-"""By name, where images and annotations are expected."""
+"""Image folder and annotation file of each data set, by name."""
 
 
 class Check(NamedTuple):
@@ -61,18 +62,18 @@ class Check(NamedTuple):
     state: str
     found: str
     mend: str = ""
-    """Command for a warning or an error."""
+    """Command that fixes a warning or an error."""
 
 
 def mend(module: str, facts: dict[str, Any]) -> str:
-    """Return the command that installs a module that is missing, or again one that is broken."""
+    """Return the command that installs a missing module, or reinstalls a broken one."""
     missing = facts.get("missing") or ""
     module = (missing or module).split(".")[0]
     again = "" if missing == module else "--force-reinstall "
     if module == "detectron2":
         installer = ROOT / "dev" / "install_detectron2.py"
         if installer.exists():
-            source = " --source upstream" if "works" in facts else ""  # else it would be kept
+            source = " --source upstream" if "works" in facts else ""  # or it would be kept
             return f"{PYTHON} {shlex.quote(str(installer))}{source}"
         return f"{PIP} {again}--no-build-isolation {DETECTRON2}"
     if module == "nl_detectron" and (ROOT / "setup.py").exists():
@@ -81,12 +82,12 @@ def mend(module: str, facts: dict[str, Any]) -> str:
 
 
 def failed(name: str, module: str, facts: dict[str, Any]) -> Check:
-    """Return the check of a module that cannot be used."""
+    """Return the check of a module that does not work."""
     return Check(name, "error", " ".join(facts["failure"].split()), mend(module, facts))
 
 
 def check_python() -> list[Check]:
-    """Check the interpreter."""
+    """Check the Python version."""
     found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     old = sys.version_info < (3, 11)
     command = "python3.11 -m venv .venv" if old else ""
@@ -94,7 +95,7 @@ def check_python() -> list[Check]:
 
 
 def check_torch() -> list[Check]:
-    """Check torch, and the GPUs that it sees."""
+    """Check torch and its CUDA devices."""
     facts = probe(probes.TORCH)
     if "works" not in facts:
         return [failed("torch", "torch", facts)]
@@ -110,27 +111,27 @@ def check_torch() -> list[Check]:
 
 
 def check_torchvision() -> list[Check]:
-    """Check that torchvision was built for this torch; its operators load nowhere else."""
+    """Check that torchvision matches torch; otherwise its operators do not load."""
     facts = probe(probes.TORCHVISION)
     if "failure" in facts and facts.get("missing") != "packaging":
         return [failed("torchvision", "torchvision", facts)]
     found = f"{facts['version']} in {facts['folder']}"
     if facts.get("fits", True):
         return [Check("torchvision", "ok", found)]
-    found += f" asks for torch{facts['needs']}, but torch is {facts['torch']}"
+    found += f" requires torch{facts['needs']}, but torch is {facts['torch']}"
     return [Check("torchvision", "warning", found, mend("torchvision", facts))]
 
 
 def check_detectron2() -> list[Check]:
-    """Check detectron2 without any hook."""
+    """Check detectron2 without a hook."""
     facts = probe(probes.DETECTRON2)
     if "works" not in facts:
         return [failed("detectron2", "detectron2", facts)]
     found = f"{probes.which_detectron2(facts['folder'])} in {facts['folder']}, "
     if "failure" in facts:
-        found += f"whose compiled part does not load: {facts['failure']}"
+        found += f"whose compiled extension does not load: {facts['failure']}"
         return [Check("detectron2", "warning", found, mend("detectron2", facts))]
-    found += "compiled" if facts["compiled"] else "not compiled, which nothing here needs"
+    found += "compiled" if facts["compiled"] else "not compiled (not needed here)"
     return [Check("detectron2", "ok", found)]
 
 
@@ -153,7 +154,7 @@ def check_nl_detectron() -> list[Check]:
 
 
 def check_package(name: str, module: str, distribution: str) -> list[Check]:
-    """Check a package that only has to be there."""
+    """Check that a package can be imported."""
     facts = probe(
         f"import {module}, sys, importlib.metadata as metadata\n"
         f"version = getattr(sys.modules[{module.split('.')[0]!r}], '__version__', None)\n"
@@ -169,16 +170,16 @@ def check_setuptools() -> list[Check]:
     (check,) = check_package("setuptools", "pkg_resources", "setuptools")
     if check.state == "ok":
         return [check]
-    found = f"{check.found}; detectron2.model_zoo, and with it LazyConfigs, need it"
+    found = f"{check.found}; detectron2.model_zoo and LazyConfigs need it"
     return [check._replace(state="warning", found=found)]
 
 
 def check_hook() -> list[Check]:
-    """Check whether detectron2's own tools know this package."""
+    """Check whether detectron2's own tools load this package."""
     value = os.environ.get(probes.HOOK, "")
     ours = f"export {probes.HOOK}=nl_detectron.env"
     if not value:
-        found = f"not set: detectron2's own tools need `{ours}`, our commands do not"
+        found = f"not set; needed for detectron2's own tools only: `{ours}`"
         return [Check(probes.HOOK, "note", found)]
     facts = probe(probes.HOOK_IS_OURS, value)
     if facts.get("ours"):
@@ -187,18 +188,18 @@ def check_hook() -> list[Check]:
         found = f"{value}, which does not call nl_detectron.env.setup_environment"
         return [Check(probes.HOOK, "warning", found, ours)]
     if "failure" in probe(probes.HOOK_IS_OURS):
-        return [Check(probes.HOOK, "note", f"{value}, not tried: detectron2 is broken")]
+        return [Check(probes.HOOK, "note", f"{value}, not tested: detectron2 is broken")]
     found = f"with {value} detectron2 cannot be imported: {' '.join(facts['failure'].split())}"
     return [Check(probes.HOOK, "error", found, ours)]
 
 
 def check_data_sets() -> list[Check]:
-    """Check which of detectron2's names of COCO have their annotations and images."""
+    """Check for the annotations and images of detectron2's COCO data sets."""
     root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser().absolute()
     if not root.is_dir():
         set_wrong = "DETECTRON2_DATASETS" in os.environ
         command = "export DETECTRON2_DATASETS=FOLDER_THAT_HOLDS_coco" if set_wrong else ""
-        found = f"there is no folder {root}; custom COCO files need none"
+        found = f"folder {root} does not exist; custom COCO files do not need it"
         return [Check("data sets", "warning" if set_wrong else "note", found, command)]
     complete: list[str] = []
     incomplete: list[str] = []
@@ -231,25 +232,25 @@ CHECKS = (
 
 
 def combinations(path: Path = TESTED) -> list[dict[str, str]]:
-    """Return the combinations of versions that the whole test suite passed on."""
+    """Return the combinations of versions that passed the whole test suite."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
-def report(checks: list[Check]) -> str:
-    """Lay the checks out for reading."""
+def format_report(checks: list[Check]) -> str:
+    """Format the checks as text."""
     width = max(len(check.name) for check in checks)
     lines = []
     for check in checks:
         lines.append(f"{check.state:8} {check.name:{width}}  {check.found}")
         if check.mend:
-            lines.append(f"{'':8} {'':{width}}  mend it with: {check.mend}")
+            lines.append(f"{'':8} {'':{width}}  fix it with: {check.mend}")
     states = [check.state for check in checks]
     lines.append(f"\n{states.count('error')} errors, {states.count('warning')} warnings")
     return "\n".join(lines)
 
 
-def matrix(rows: list[dict[str, str]]) -> str:
-    """Lay the combinations out as a table."""
+def format_matrix(rows: list[dict[str, str]]) -> str:
+    """Format the combinations as a table."""
     if not rows:
         return "no combination of versions is recorded"
     table = [list(rows[0]), *(list(row.values()) for row in rows)]
@@ -260,14 +261,12 @@ def matrix(rows: list[dict[str, str]]) -> str:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", action="store_true", help="print the same as JSON")
+    parser = command_parser(__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--matrix",
         action="store_true",
-        help="print the versions that the whole test suite passed on, and check nothing",
+        help="only print the versions that passed the whole test suite",
     )
     return parser.parse_args(argv)
 
@@ -277,12 +276,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.matrix:
         rows = combinations()
-        print(json.dumps(rows, indent=2) if args.json else matrix(rows))
+        print(json.dumps(rows, indent=2) if args.json else format_matrix(rows))
         return
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # each check waits for its own processes
         checks = [check for found in pool.map(lambda run: run(), CHECKS) for check in found]
     if args.json:
         print(json.dumps([check._asdict() for check in checks], indent=2))
     else:
-        print(report(checks))
+        print(format_report(checks))
     sys.exit(max(STATES[check.state] for check in checks))

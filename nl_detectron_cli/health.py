@@ -1,8 +1,8 @@
 """Print what each non-local block of a trained model does on a few images, as a table.
 
-Residual ratio: |W_z y| / |x|, 0 for a block that does nothing. Entropy: 1 where a query looks at
-everything alike, 0 where at one place. Query dependence: 0 where all queries look at the same
-places, 1 where no two do. Means over the images; definitions in nl_detectron/analysis/health.py.
+Residual ratio: |W_z y| / |x|, 0 for a block that does nothing. Entropy: 1 if a query attends to all
+positions equally, 0 if it attends to one. Query dependence: 0 if all queries attend to the same
+positions, 1 if no two do. Means over the images; defined in nl_detectron/analysis/health.py.
 
     nl-detectron health --config-file my.yaml --weights model_final.pth --input images/
 """
@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nl_detectron_cli.arguments import add_config_file
+from nl_detectron_cli.arguments import add_model_and_images, add_opts, command_parser
 
 if TYPE_CHECKING:
     from nl_detectron.analysis.health import BlockHealth
@@ -22,13 +21,9 @@ if TYPE_CHECKING:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_config_file(parser)
-    parser.add_argument("--weights", metavar="FILE", help="checkpoint (default: the config's)")
-    parser.add_argument("--input", type=Path, required=True, help="image, or folder of images")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
+    parser = command_parser(__doc__)
+    add_model_and_images(parser)
+    add_opts(parser)
     return parser.parse_args(argv)
 
 
@@ -41,28 +36,28 @@ def main(argv: list[str] | None = None) -> None:
 
     from nl_detectron.analysis.health import watch_health
     from nl_detectron.config import load_config
-    from nl_detectron.engine.console import mistakes_in_one_sentence, quiet_detectron2
-    from nl_detectron.engine.frames import Images, report_done
+    from nl_detectron.engine.console import errors_without_traceback, suppress_detectron2_warnings
+    from nl_detectron.engine.frames import Images, print_summary
     from nl_detectron.engine.predictor import Predictor
     from nl_detectron.non_local import find_blocks
 
-    with mistakes_in_one_sentence():
+    with errors_without_traceback():
         images = Images(args.input)
         predictor = Predictor(load_config(args.config_file, args.opts), args.weights)
         blocks = find_blocks(predictor.model, "*")
 
     measured: dict[str, list[BlockHealth]] = defaultdict(list)
     watch = watch_health(predictor.model, lambda name, health: measured[name].append(health))
-    with quiet_detectron2(), watch:
+    with suppress_detectron2_warnings(), watch:
         for frame in tqdm(images, unit="image"):
             try:
                 predictor(frame.image)
             except (OSError, ValueError) as error:
                 images.skip(frame.name, error)
-    report_done(args.input, len(images) - images.skipped, images.skipped)
+    print_summary(args.input, len(images) - images.skipped, images.skipped)
     print("| block | residual ratio | entropy | query dependence |")
     print("|---|---:|---:|---:|")
     for name in blocks:
-        # A block of a head has nothing to measure where nothing is detected.
+        # Blocks of a head do not run if nothing is detected.
         means = np.mean(measured[name], axis=0) if measured[name] else np.full(3, np.nan)
         print(f"| {name} | {' | '.join(f'{mean:.3f}' for mean in means)} |")

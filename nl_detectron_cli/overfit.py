@@ -1,8 +1,8 @@
-"""Check a model and a data set against each other: can it learn a few of its images by heart?
+"""Test whether a model can overfit a few images of a data set.
 
-Takes the first images of a COCO json that have objects (for keypoint models: labelled persons),
-trains on them as `nl-detectron train` does, and evaluates on the same images. A correct set-up
-reaches a high AP; one with wrong labels, boxes or weights does not.
+Selects the first images of a COCO json that have objects (for keypoint models: labelled persons),
+trains on them like `nl-detectron train`, and evaluates on the same images. A correct setup reaches
+a high AP; one with wrong labels, boxes or weights does not.
 
     nl-detectron overfit \\
         --config-file quick_schedules/mask_rcnn_R_18_NL_FPN_overfit.yaml \\
@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from nl_detectron_cli import train
-from nl_detectron_cli.arguments import add_config_file, at_least
+from nl_detectron_cli.arguments import add_config_file, add_opts, at_least, command_parser
 
 
 def first_images(data: dict[str, Any], count: int, max_objects: int) -> dict[str, Any]:
-    """Return the first images of a COCO data set with 1 to ``max_objects`` labelled objects."""
+    """Select the first images of a COCO data set with 1 to ``max_objects`` labelled objects."""
     for key in ("images", "annotations", "categories"):
         if not isinstance(data, dict) or not data.get(key):
-            raise ValueError(f"it has no {key}")
+            raise ValueError(f"the file has no {key}")
     keypoints = any("keypoints" in category for category in data["categories"])
     objects = Counter(a["image_id"] for a in data["annotations"])
     unusable = {a["image_id"] for a in data["annotations"] if a.get("iscrowd")}
@@ -40,7 +40,8 @@ def first_images(data: dict[str, Any], count: int, max_objects: int) -> dict[str
     ]
     if len(usable) < count:
         raise ValueError(
-            f"only {len(usable)} images have 1 to {max_objects} objects, --count is {count}"
+            f"--count must be at most {len(usable)}, the number of images with 1 to {max_objects} "
+            f"objects, got {count}"
         )
     chosen = {image["id"] for image in usable[:count]}
     annotations = [a for a in data["annotations"] if a["image_id"] in chosen]
@@ -48,10 +49,8 @@ def first_images(data: dict[str, Any], count: int, max_objects: int) -> dict[str
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Parse the arguments."""
+    parser = command_parser(__doc__)
     add_config_file(parser)
     parser.add_argument("--json", type=Path, required=True, help="COCO annotations")
     parser.add_argument("--images", required=True, help="image folder of --json")
@@ -62,14 +61,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--max-objects",
         type=at_least(1),
         default=10,
-        help="of an image, to keep it short (default: %(default)s)",
+        help="skip images with more objects (default: %(default)s)",
     )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
+    add_opts(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write the small data set, and train on it."""
+    """Write the subset, and train on it."""
     args = parse_args(argv)
     try:
         subset = first_images(json.loads(args.json.read_bytes()), args.count, args.max_objects)
@@ -78,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "subset.json"
         path.write_text(json.dumps(subset))
-        words = ["--config-file", args.config_file]
+        arguments = ["--config-file", args.config_file]
         for split in ("train", "test"):
-            words += [f"--{split}-json", str(path), f"--{split}-images", args.images]
-        train.main(words + args.opts)
+            arguments += [f"--{split}-json", str(path), f"--{split}-images", args.images]
+        train.main(arguments + args.opts)

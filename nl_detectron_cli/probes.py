@@ -1,4 +1,4 @@
-"""Finds out what is installed here, in other processes, so that no crash reaches this one."""
+"""Probe the installation in separate processes, so that a crash does not affect this one."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ for requirement in map(Requirement, requires("torchvision") or ()):
         say(needs=str(requirement.specifier), fits=fits)
 """
 
-# Imports all that training needs, and calls what the tag v0.6 cannot do beside a current numpy,
-# Pillow or torch. The compiled part comes last: loading it may end the process.
+# Import everything that training needs, and call what breaks in the tag v0.6 with current numpy,
+# Pillow or torch. Load the compiled extension last, because it can crash the process.
 DETECTRON2 = """
 import detectron2
 say(folder=detectron2.__path__[0])
@@ -83,15 +83,15 @@ say(ours="NON_LOCAL" in get_cfg().MODEL)
 
 
 def probe(code: str, hook: str = "") -> dict[str, Any]:
-    """Run Python code in another process, with this one's import path.
+    """Run Python code in a separate process with the same import path.
 
     Args:
-        code: calls ``say(name=value)`` for what it finds.
+        code: calls ``say(name=value)`` to report facts.
         hook: value of ``DETECTRON2_ENV_MODULE``.
 
     Returns:
-        What it said; ``failure`` and ``missing`` tell the exception that ended it and the module
-        that was not found.
+        The reported facts. If an exception ended the code, ``failure`` describes it, and
+        ``missing`` names the module that was not found, if any.
     """
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     env = {**os.environ, "PYTHONPATH": path, HOOK: hook}
@@ -99,7 +99,7 @@ def probe(code: str, hook: str = "") -> dict[str, Any]:
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
-        return {"failure": f"no answer in {TIMEOUT} seconds"}
+        return {"failure": f"no answer within {TIMEOUT} seconds"}
     facts: dict[str, Any] = {}
     for line in done.stdout.splitlines():
         if line.startswith("probe: "):
@@ -112,8 +112,8 @@ def probe(code: str, hook: str = "") -> dict[str, Any]:
 
 
 def which_detectron2(folder: str) -> str:
-    """Say which detectron2 is in a folder; its ``__version__`` is "0.6" for all of them."""
-    if not Path(folder, "tracking").is_dir():  # which only later commits have
+    """Return the version of the detectron2 in a folder; ``__version__`` is always "0.6"."""
+    if not Path(folder, "tracking").is_dir():  # only in later commits
         return "v0.6"
     for distribution in metadata.distributions(name="detectron2"):
         if Path(str(distribution.locate_file("detectron2"))).resolve() == Path(folder).resolve():

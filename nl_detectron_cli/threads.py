@@ -1,16 +1,15 @@
-"""How the threads of a training wait for each other. Imports neither PyTorch nor OpenMP."""
+"""Configure OpenMP's threads; imports neither PyTorch nor OpenMP."""
 
 from __future__ import annotations
 
 import os
 
 
-def let_threads_sleep() -> None:
-    """Let a waiting thread spin only briefly before it sleeps; before PyTorch is imported.
+def limit_thread_spinning() -> None:
+    """Let idle OpenMP threads spin only briefly before they sleep; call it before importing torch.
 
-    By default a waiting thread of OpenMP spins for long, more than a thousand times in each
-    iteration. Where other work wants the cores, too, that wastes their time, and training takes
-    several times as long. A variable that the user has set is left alone.
+    By default they spin for long, more than a thousand times per iteration. If other processes need
+    the cores, this makes training several times slower. A value set by the user is respected.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -1,8 +1,8 @@
-"""Train or evaluate on COCO-format data; detectron2's own train_net, without its blind spots.
+"""Train or evaluate on COCO-format data, like detectron2's train_net.
 
-Beyond the stock script: the device is chosen where CUDA is absent, several CPU processes train,
-TEST.KEYPOINT_OKS_SIGMAS counts, custom COCO files come from the command line, and a checkpoint that
-would leave part of the network untrained is refused.
+In addition, it trains on the CPU if there is no CUDA device, also in several processes, reads
+custom COCO files from the command line, respects TEST.KEYPOINT_OKS_SIGMAS, and refuses checkpoints
+that would leave part of the network untrained.
 
     nl-detectron train --num-gpus 8 \\
         --config-file COCO-InstanceSegmentation/mask_rcnn_R_50_NL_FPN_1x.yaml
@@ -13,38 +13,39 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from nl_detectron_cli.arguments import argument_parser, at_least, load_options
-from nl_detectron_cli.threads import let_threads_sleep
+from nl_detectron_cli.arguments import at_least, load_options, training_parser
+from nl_detectron_cli.threads import limit_thread_spinning
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The arguments, without importing what takes seconds to import."""
-    parser = argument_parser(__doc__)
+    """Parse and check the arguments, without slow imports."""
+    parser = training_parser(__doc__)
     parser.add_argument(
         "--health-period",
         type=at_least(0),
         default=0,
         metavar="N",
-        help="log every N iterations what the non-local blocks do; 0 is off (default: %(default)s)",
+        help="log the health of the non-local blocks every N iterations; 0: never (default: "
+        "%(default)s)",
     )
     args = parser.parse_args(argv)
     if args.eval_only and (args.allow_missing or args.strip_blocks or args.scale_lr):
         parser.error(
-            "--allow-missing, --allow-partial, --strip-blocks and --scale-lr are for training: "
-            "--eval-only takes the whole model that a training left"
+            "--allow-missing, --allow-partial, --strip-blocks and --scale-lr are for training; "
+            "--eval-only needs the complete checkpoint of a training"
         )
     return args
 
 
 def check(args: argparse.Namespace, cfg: CfgNode) -> None:
-    """Refuse weights that are not the model's, and a model without blocks to log the health of."""
+    """Check that the weights fit, and for ``--health-period`` that the model has blocks."""
     from nl_detectron.engine.coco.trainer import CocoTrainer
     from nl_detectron.non_local import find_blocks
 
-    model = CocoTrainer.rehearse(cfg, args.resume, **load_options(args))
+    model = CocoTrainer.dry_run(cfg, args.resume, **load_options(args))
     if args.health_period:
         find_blocks(model, "*")
 
@@ -76,7 +77,7 @@ def train(args: argparse.Namespace) -> Any:
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
     args = parse_args(argv)
-    let_threads_sleep()
+    limit_thread_spinning()
     from nl_detectron.engine.coco.trainer import read_config
     from nl_detectron.engine.launch import launch
 

@@ -1,6 +1,6 @@
 """The paper's equations as slow loops, one pair of positions at a time.
 
-Nothing of the package is imported here: these are what it is compared with.
+They are what the package is compared with, so nothing of it is imported here.
 
 Shapes: Q queries, K keys, D inner width, C channels. Paper: `Non-local Neural Networks`,
 https://arxiv.org/abs/1711.07971
@@ -15,12 +15,12 @@ from torch import Tensor
 
 
 def response(theta_i: Tensor, phi: Tensor, g: Tensor, pairwise: str, scale=True, w_f=None):
-    """y_i, Eq. 1, of one query over the keys phi (K, D) with values g (K, E)."""
+    """y_i of one query over the keys phi (K, D) with values g (K, E), Eq. 1."""
     y = g.new_zeros(g.shape[1])
     if len(g) == 0:
         return y
     if pairwise in ("gaussian", "embedded_gaussian"):  # Eq. 2 and 3
-        # D ** -0.5 is the released code's. f and C(x) share any factor: exp(-max) keeps exp finite.
+        # D ** -0.5 is from the released code. exp(-max) cancels in f / C(x), and avoids overflow.
         factor = len(theta_i) ** -0.5 if scale and pairwise == "embedded_gaussian" else 1
         affinity = [theta_i @ phi_j * factor for phi_j in phi]
         largest = max(affinity)
@@ -38,7 +38,7 @@ def response(theta_i: Tensor, phi: Tensor, g: Tensor, pairwise: str, scale=True,
 
 
 def operation(theta, phi, g, pairwise: str, scale=True, w_f=None, key_mask=None) -> Tensor:
-    """Eq. 1 for theta (N, Q, D), phi (N, K, D), g (N, K, E); a masked key is a key left out."""
+    """Eq. 1 for theta (N, Q, D), phi (N, K, D), g (N, K, E); masked keys are skipped."""
     y = g.new_zeros(*theta.shape[:2], g.shape[2])
     for n, i in itertools.product(range(theta.shape[0]), range(theta.shape[1])):
         keys = torch.ones(g.shape[1], dtype=torch.bool) if key_mask is None else key_mask[n]
@@ -47,7 +47,7 @@ def operation(theta, phi, g, pairwise: str, scale=True, w_f=None, key_mask=None)
 
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A convolution with a kernel of size 1 on a map: a matrix multiply at every position."""
+    """Convolution with kernel size 1: a matrix product at every position."""
     y = x.new_zeros(x.shape[0], weight.shape[0], *x.shape[2:])
     for n, *place in itertools.product(range(x.shape[0]), *map(range, x.shape[2:])):
         y[(n, slice(None), *place)] = weight.flatten(1) @ x[(n, slice(None), *place)] + bias
@@ -55,7 +55,7 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def max_pool(x: Tensor, stride: int) -> Tensor:
-    """Max over stride ** 2 places, never over time; what is left over at the border is dropped."""
+    """Max over stride ** 2 positions, never over time; incomplete windows are dropped."""
     sizes = list(x.shape[2:])
     strides = [min(stride, size) for size in sizes]
     if len(sizes) == 3:
@@ -76,7 +76,7 @@ def block(
     subsample_position="before_conv",
     axes="spacetime",
 ) -> Tensor:
-    """z = W_z y + x, Eq. 6, for a map x of any dimension; ``weights`` is a state dict."""
+    """z = W_z y + x, Eq. 6, for a map x of 1 to 3 dimensions; ``weights`` is a state dict."""
 
     def embed(name: str, x: Tensor) -> Tensor:
         if pairwise == "gaussian" and name in ("theta", "phi"):
@@ -102,7 +102,7 @@ def block(
 
 
 def plain_operation(theta, phi, g, pairwise: str, scale=True, w_f=None, key_mask=None) -> Tensor:
-    """:func:`operation` as products of whole matrices, for its gradients by autograd."""
+    """:func:`operation` as matrix products, to differentiate with autograd."""
     if pairwise == "concatenation":
         w_theta, w_phi = w_f.chunk(2)
         f = ((theta @ w_theta)[:, :, None] + (phi @ w_phi)[:, None, :]).relu()
@@ -113,7 +113,7 @@ def plain_operation(theta, phi, g, pairwise: str, scale=True, w_f=None, key_mask
             f = f * theta.shape[2] ** -0.5
         if key_mask is not None:
             f = f.masked_fill(~key_mask[:, None, :], float("-inf"))
-        return f.softmax(dim=2).nan_to_num(0.0) @ g  # nan: a row without keys
+        return f.softmax(dim=2).nan_to_num(0.0) @ g  # nan: no key is left
     number = torch.full((len(g), 1, 1), g.shape[1], dtype=g.dtype)
     if key_mask is not None:
         f = f * key_mask[:, None, :]
@@ -132,7 +132,7 @@ def plain_block(
     norm="",
     training=False,
 ) -> Tensor:
-    """:func:`block` as tensor products, for its gradients by autograd; with the norm after W_z.
+    """:func:`block` as tensor products, to differentiate with autograd; with the norm after W_z.
 
     Every tensor is made contiguous, so that memory layouts play no role.
     """

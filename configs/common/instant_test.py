@@ -1,4 +1,4 @@
-"""LazyConfig's quick_schedules/Base-instant-test.yaml."""
+"""The LazyConfig counterpart of quick_schedules/Base-instant-test.yaml."""
 
 
 def make_instant(dataloader, lr_multiplier, model, optimizer, train):

@@ -1,4 +1,4 @@
-"""Stock's Mask R-CNN R50-FPN 1x with one block in the backbone: what Base-RCNN-NL-FPN.yaml is."""
+"""Stock's Mask R-CNN R50-FPN 1x with one block in the backbone, like Base-RCNN-NL-FPN.yaml."""
 
 from detectron2 import model_zoo
 

@@ -1,10 +1,10 @@
-"""Puts non-local blocks into a stock LazyConfig model, where the paper has them (section 6)."""
+"""Insert non-local blocks into a stock LazyConfig model, as in the paper (section 6)."""
 
 from nl_detectron import NonLocalKeypointHead, NonLocalResNet
 
 
 def add_to_backbone(model):
-    """One block, right before the last residual block of res4."""
+    """Insert one block, right before the last residual block of res4."""
     bottom_up = model.backbone.bottom_up
     bottom_up._target_ = NonLocalResNet
     bottom_up.after_blocks = {"res4": [-2]}
@@ -12,5 +12,5 @@ def add_to_backbone(model):
 
 
 def add_to_keypoint_head(model):
-    """Four blocks, one after every two convolutions."""
+    """Insert four blocks, one after every two convolutions."""
     model.roi_heads.keypoint_head._target_ = NonLocalKeypointHead

@@ -1,11 +1,11 @@
-"""ResNeXt stages for LazyConfig: stock's ``make_default_stages`` knows ResNet's widths only."""
+"""ResNeXt stages for LazyConfig; the stock ``make_default_stages`` only has ResNet's widths."""
 
 from detectron2.config import LazyCall as L
 from detectron2.modeling.backbone import BottleneckBlock, ResNet
 
 
 def resnext_32x8d_stages(blocks_per_stage):
-    """Stages res2 to res5 of 32 groups, 8 channels wide each in res2, as Caffe2 trained them."""
+    """Return stages res2 to res5 with 32 groups of 8 channels in res2, as trained with Caffe2."""
     return [
         L(ResNet.make_stage)(
             block_class=BottleneckBlock,

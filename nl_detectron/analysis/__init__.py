@@ -1,1 +1,1 @@
-"""What looks at a model: its attention, drawn; what its blocks do, and what they cost."""
+"""Inspect a model: draw its attention, measure what its blocks do, and count what they cost."""

@@ -1,4 +1,4 @@
-"""Attention maps out of a running model.
+"""Record the attention maps of a running model.
 
     with record_attention(model, "res4.non_local4") as recordings:
         model(inputs)
@@ -19,7 +19,7 @@ import torch
 from detectron2.layers import CNNBlockBase
 from torch import Tensor, nn
 
-from nl_detectron.analysis.geometry import AttentionMap, CellGrid
+from nl_detectron.analysis.geometry import AttentionMap, FeatureGrid
 from nl_detectron.non_local import NonLocalBlock, find_blocks
 
 
@@ -27,45 +27,46 @@ from nl_detectron.non_local import NonLocalBlock, find_blocks
 def record_attention(model: nn.Module, *patterns: str) -> Iterator[dict[str, Recording]]:
     """Record the attention of non-local blocks while the model runs as usual.
 
-    What is kept is a copy of each block's input, N x C floats per position, not the attention
-    matrix, which can be gigabytes: the rows that are asked for are computed when they are. So it
-    does not matter by which way a block computes its output, and the output does not change.
+    Only a copy of each block's input is kept, N x C floats per position. The attention matrix can
+    take gigabytes, so its rows are computed on demand. The recording therefore works with every
+    path, and the model's output does not change.
 
     Args:
-        model: any model with non-local blocks, in training or not.
-        patterns: as in :func:`nl_detectron.non_local.find_blocks`; without one, all blocks.
+        model: any model with non-local blocks, in training or evaluation mode.
+        patterns: see :func:`nl_detectron.non_local.find_blocks`; default: all blocks.
 
     Yields:
-        Full name of a block to its :class:`Recording`, which outlives the context.
+        A dict from the full name of each block to its :class:`Recording`, which stays valid after
+        the context is left.
 
     Raises:
-        ValueError: a pattern that no block matches.
+        ValueError: a pattern matches no block.
     """
     blocks = find_blocks(model, *(patterns or "*"))
     recordings = {name: Recording(name, block) for name, block in blocks.items()}
     with ExitStack() as hooks:
         for recording in recordings.values():
-            hooks.enter_context(recording.block.register_forward_pre_hook(recording.add_call))
+            hooks.enter_context(recording.block.register_forward_pre_hook(recording.record_input))
         yield recordings
 
 
 @dataclass(frozen=True)
 class Recording:
-    """The inputs that a block has seen, one per call, and its attention on them.
+    """The inputs of a block, one per call, and the attention computed from them.
 
     Attributes:
         name: full name of the block.
-        block: the block. Attention is computed with the parameters that it has by then.
-        inputs: maps (N, C, *size), in the order of the calls.
+        block: the block. Attention is computed with its parameters at the time of the query.
+        inputs: maps (N, C, *size), in call order.
     """
 
     name: str
     block: NonLocalBlock
     inputs: list[Tensor] = field(default_factory=list)
 
-    def add_call(self, block: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Keep the input of one call; this is the hook."""
-        # A copy: later layers may write into the tensor.
+    def record_input(self, block: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Store the input of one call (a forward pre-hook)."""
+        # Clone, because later layers may modify the tensor in place.
         self.inputs.append(args[0].detach().clone())
 
     @property
@@ -73,56 +74,56 @@ class Recording:
         """The map of the last call, (N, C, *size).
 
         Raises:
-            RuntimeError: there was none.
+            RuntimeError: the block was not called.
         """
         if not self.inputs:
             raise RuntimeError(
-                f"{self.name} was not called while it was recorded (a model that torch.compile has "
-                "compiled before then runs without hooks: record the one it was compiled from)"
+                f"{self.name} was not called while recording (a model compiled beforehand with "
+                "torch.compile skips hooks: record the original model instead)"
             )
         return self.inputs[-1]
 
     @torch.no_grad()
     def attention(self, query: Sequence[int], sample: int = 0) -> Tensor:
-        """Attention of one query over all keys, in the last call.
+        """Compute the attention of one query over all keys, in the last call.
 
         Args:
             query: cell of the map, ([T,] row, column); (column,) for a 1-D block.
             sample: index into N.
 
         Returns:
-            Map of the keys, ([T,] H, W), float32 or float64, on the CPU. It is 0 where the block
-            does not look: outside the query's frame with ``axes="space"``, outside its place with
+            Map of the keys, ([T,] H, W), float32 or float64, on the CPU. It is 0 for keys that the
+            query does not attend to: other frames with ``axes="space"``, other positions with
             "time".
 
         Raises:
             RuntimeError: the block was not called.
-            ValueError: ``query`` or ``sample`` outside the map.
+            ValueError: ``query`` or ``sample`` is outside the map.
         """
         x = self.last_input
         size = tuple(x.shape[2:])
         if len(query) != len(size) or not all(0 <= q < s for q, s in zip(query, size)):
-            raise ValueError(f"{self.name}: query {tuple(query)} is outside its map of size {size}")
+            raise ValueError(f"{self.name}: query {tuple(query)} is outside the map of size {size}")
         if not 0 <= sample < len(x):
-            raise ValueError(f"{self.name}: sample {sample} of a batch of {len(x)}")
-        # The part of the map that the query looks at, and the query's place in it.
-        seen = [slice(None)] * len(size)
+            raise ValueError(f"{self.name}: sample must be from 0 to {len(x) - 1}, got {sample}")
+        # The part of the map that the query attends to, and the query's position in it.
+        attended = [slice(None)] * len(size)
         own_axes = {"spacetime": [], "space": [0], "time": [1, 2]}[self.block.axes]
         for axis in own_axes:
-            seen[axis] = slice(query[axis], query[axis] + 1)
-        part = x[(slice(sample, sample + 1), slice(None), *seen)]
-        place = [0 if axis in own_axes else q for axis, q in enumerate(query)]
-        position = int(np.ravel_multi_index(place, part.shape[2:]))
-        row = self.block.attention(part, torch.tensor([position], device=x.device)).flatten().cpu()
+            attended[axis] = slice(query[axis], query[axis] + 1)
+        part = x[(slice(sample, sample + 1), slice(None), *attended)]
+        position = [0 if axis in own_axes else q for axis, q in enumerate(query)]
+        index = int(np.ravel_multi_index(position, part.shape[2:]))
+        row = self.block.attention(part, torch.tensor([index], device=x.device)).flatten().cpu()
 
         weights = row.new_zeros([s // w for s, w in zip(size, self.block.pool_window(size))])
-        weights[tuple(seen)] = row.view_as(weights[tuple(seen)])
+        weights[tuple(attended)] = row.view_as(weights[tuple(attended)])
         return weights
 
 
 def attention_map(
     recording: Recording,
-    grid: CellGrid,
+    grid: FeatureGrid,
     image_size: Sequence[int],
     x: float,
     y: float,
@@ -130,20 +131,20 @@ def attention_map(
     frame: int = 0,
     sample: int = 0,
 ) -> AttentionMap:
-    """Attention of a point of the original image, mapped back into it.
+    """Map the attention of a point in the original image back onto that image.
 
     Args:
         recording: of a 2-D or 3-D block.
-        grid: of the block's map, before the keys are pooled.
+        grid: of the block's input, before the keys are pooled.
         image_size: H, W of the original image.
-        x: coordinate of the point, see :mod:`nl_detectron.analysis.geometry`.
-        y: likewise.
-        frame: of a clip, from 0.
+        x: x coordinate of the point, see :mod:`nl_detectron.analysis.geometry`.
+        y: y coordinate of the point.
+        frame: 0-based frame of a clip.
         sample: index into N.
 
     Raises:
         RuntimeError: the block was not called.
-        ValueError: the point is outside the block's map, or there is no such sample.
+        ValueError: the point or the sample is outside the block's map.
     """
     size = recording.last_input.shape[2:]
     cell = grid.cell(x, y, frame)
@@ -151,15 +152,15 @@ def attention_map(
     weights = weights.reshape(-1, *weights.shape[-2:])
     window = recording.block.pool_window(size)[-2:]
     height, width = image_size
-    boxes = grid.coarsened(window).boxes(*weights.shape[1:])
+    boxes = grid.pooled(window).boxes(*weights.shape[1:])
     return AttentionMap(weights, boxes.clip(0, [width, height] * 2), (x, y, cell[0]))
 
 
-def stride_of(backbone: nn.Module, block: nn.Module) -> int:
-    """Stride of a block's map with regard to the input of the detectron2 backbone it is in.
+def block_stride(backbone: nn.Module, block: nn.Module) -> int:
+    """Return the stride of a block's map relative to the input of a detectron2 backbone.
 
     Raises:
-        ValueError: the block is not in the backbone.
+        ValueError: the block is not part of the backbone.
     """
     stride = 1
     for module in backbone.modules():

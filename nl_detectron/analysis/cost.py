@@ -1,4 +1,4 @@
-"""What a block costs: parameters, multiplications, and memory, before anything is computed.
+"""Parameters, multiply-adds and memory of a block, found without computing anything.
 
 Passes run on tensors without data (PyTorch's ``FakeTensorMode``), which take the same paths and
 save the same tensors as real ones.
@@ -29,14 +29,13 @@ class BlockCost:
     """Cost of one block for one batch.
 
     Attributes:
-        path: the path that it takes, one of ``ops.PATHS``.
-        parameters: their number.
-        macs: multiplications (each with an addition) of convolutions and matrix products in the
-            forward pass, as they are done.
-        naive_macs: the same for the path that spells out all pairs.
-        saved_bytes: what the forward pass keeps for the backward pass, without the parameters.
-        peak_bytes: the most that tensors take at a time, input and parameters aside, during both
-            passes, gradients included. Scratch within a single operator is not known to PyTorch.
+        path: the path that the block takes, one of ``ops.PATHS``.
+        parameters: number of parameters.
+        macs: multiply-adds of convolutions and matrix products in the forward pass.
+        naive_macs: the same for the naive path, which computes all pairs explicitly.
+        saved_bytes: tensors saved for the backward pass, without the parameters.
+        peak_bytes: peak of the live tensors over both passes, gradients included, input and
+            parameters excluded. PyTorch does not know an operator's internal workspace.
     """
 
     path: str
@@ -50,12 +49,12 @@ class BlockCost:
 def block_cost(
     block: NonLocalBlock, shape: Sequence[int], device: str | torch.device = "cpu"
 ) -> BlockCost:
-    """Find the cost of a block in training on a map of the given shape (N, C, ...).
+    """Compute the cost of training a block on a map of the given shape (N, C, ...).
 
     Args:
-        block: the block, on any device; it is not changed.
+        block: the block, on any device; it is not modified.
         shape: shape of its input.
-        device: where it shall run; the choice of a path may depend on it.
+        device: device it will run on, which can affect the choice of path.
     """
     block = copy.deepcopy(block).to("meta").train()
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -79,7 +78,7 @@ def block_cost(
 
 
 def saved_bytes(module: nn.Module, x: Tensor) -> tuple[int, Tensor]:
-    """Run a module; return the bytes of all that it saves but its parameters, and its output."""
+    """Run a module; return the bytes saved for backward, parameters excluded, and the output."""
     parameters = {p.untyped_storage()._cdata for p in module.parameters()}
     saved: dict[int, torch.UntypedStorage] = {}
 
@@ -100,11 +99,11 @@ def _macs(block: NonLocalBlock, x: Tensor) -> int:
 
 
 class _LiveTensors(TorchDispatchMode):
-    """Counts the bytes of all tensors made under it that are still alive, and their peak."""
+    """Tracks the bytes of live tensors created in this mode, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.current = self.peak = 0
         self.alive: set[int] = set()
 
     def __torch_dispatch__(
@@ -120,23 +119,23 @@ class _LiveTensors(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         if key not in self.alive:
             self.alive.add(key)
-            self.now += size
-            self.peak = max(self.peak, self.now)
+            self.current += size
+            self.peak = max(self.peak, self.current)
             weakref.finalize(storage, self._remove, key, size)
 
     def _remove(self, key: int, size: int) -> None:
         self.alive.discard(key)
-        self.now -= size
+        self.current -= size
 
 
 def _attention_flops(inputs: list[Any], outputs: list[Any]) -> int:
-    """Multiplications of theta phi^T and of its product with g."""
+    """Count the multiply-adds of theta phi^T and of its product with g."""
     (*batch, queries, width), keys, values = (get_shape(value) for value in inputs[:3])
     return prod(batch) * queries * keys[-2] * (width + values[-1])
 
 
 # For fvcore's and detectron2's FlopCountAnalysis: ``.set_op_handle(**FVCORE_HANDLES)``. PyTorch's
-# own FlopCounterMode needs no help.
+# FlopCounterMode already counts fused attention.
 FVCORE_HANDLES: dict[str, Callable[[list[Any], list[Any]], int]] = {
     "aten::scaled_dot_product_attention": _attention_flops
 }

@@ -1,4 +1,4 @@
-"""What non-local blocks add to the parameters, the computation and the memory of a detector.
+"""Parameters, computation and memory that non-local blocks add to a detector.
 
 Networks are built on the meta device, so nothing is computed or downloaded.
 """
@@ -20,13 +20,13 @@ from nl_detectron.config import without_blocks
 from nl_detectron.non_local import find_blocks
 
 
-class Load(NamedTuple):
-    """What a detector has to do, where its cost depends on it.
+class Workload(NamedTuple):
+    """The sizes that the cost of a detector depends on.
 
     Attributes:
-        image_size: height and width of an image as the network gets it, before padding.
-        proposals: RoIs of the box head.
-        detections: RoIs of the other heads.
+        image_size: height and width of the network's input, before padding.
+        proposals: number of RoIs of the box head.
+        detections: number of RoIs of the mask and keypoint heads.
     """
 
     image_size: tuple[int, int] = (800, 1333)
@@ -34,8 +34,8 @@ class Load(NamedTuple):
     detections: int = 100
 
 
-def build(cfg: CfgNode) -> nn.Module:
-    """Build the model of a config without data."""
+def build_meta_model(cfg: CfgNode) -> nn.Module:
+    """Build the model of a config on the meta device."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "meta"
@@ -43,54 +43,54 @@ def build(cfg: CfgNode) -> nn.Module:
         return build_model(cfg).eval()
 
 
-def count(cfg: CfgNode, load: Load) -> tuple[int, float]:
-    """Return the number of parameters, and the GMAC of one image."""
-    model = build(cfg)
+def count_parameters_and_gmac(cfg: CfgNode, workload: Workload) -> tuple[int, float]:
+    """Return the number of parameters, and the GMAC for one image."""
+    model = build_meta_model(cfg)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        run_networks(model, load)
+        run_networks(model, workload)
     parameters = sum(p.numel() for p in model.parameters())
     return parameters, counter.get_total_flops() / 2e9
 
 
-def run_networks(model: Any, load: Load) -> None:
-    """Run every network of a detector once, with a fixed number of RoIs instead of detections."""
+def run_networks(model: Any, workload: Workload) -> None:
+    """Run every network of a detector once, with fixed numbers of RoIs."""
     divisor = model.backbone.size_divisibility or 1
-    height, width = (-(-size // divisor) * divisor for size in load.image_size)
+    height, width = (-(-size // divisor) * divisor for size in workload.image_size)
     features = model.backbone(torch.empty(1, 3, height, width, device="meta"))
     if hasattr(model, "head"):
         model.head([features[name] for name in model.head_in_features])
         return
     rpn, heads = model.proposal_generator, model.roi_heads
     rpn.rpn_head([features[name] for name in rpn.in_features])
-    heads.box_predictor(heads.box_head(roi_features(model, heads.box_pooler, load.proposals)))
+    heads.box_predictor(heads.box_head(roi_features(model, heads.box_pooler, workload.proposals)))
     if heads.mask_on:
-        heads.mask_head.layers(roi_features(model, heads.mask_pooler, load.detections))
+        heads.mask_head.layers(roi_features(model, heads.mask_pooler, workload.detections))
     if heads.keypoint_on:
-        heads.keypoint_head.layers(roi_features(model, heads.keypoint_pooler, load.detections))
+        heads.keypoint_head.layers(roi_features(model, heads.keypoint_pooler, workload.detections))
 
 
 def roi_features(model: Any, pooler: Any, number: int) -> Tensor:
-    """Return features of RoIs in the shape in which the pooler gives them to a head."""
+    """Return RoI features in the shape that the pooler passes to a head."""
     channels = model.backbone.output_shape()[model.roi_heads.in_features[0]].channels
     return torch.empty(number, channels, *pooler.output_size, device="meta")
 
 
-def model_rows(configs: Iterable[tuple[str, CfgNode]], load: Load) -> Iterator[str]:
-    """Yield the lines of a Markdown table of models."""
+def model_rows(configs: Iterable[tuple[str, CfgNode]], workload: Workload) -> Iterator[str]:
+    """Yield the lines of a Markdown table that compares models with and without blocks."""
     yield "| config | parameters | of the blocks | GMAC | of the blocks | |"
     yield "|---|---:|---:|---:|---:|---:|"
     for name, cfg in configs:
-        parameters, gmac = count(cfg, load)
-        stock_parameters, stock_gmac = count(without_blocks(cfg), load)
+        parameters, gmac = count_parameters_and_gmac(cfg, workload)
+        stock_parameters, stock_gmac = count_parameters_and_gmac(without_blocks(cfg), workload)
         yield (
             f"| {name} | {parameters:,} | {parameters - stock_parameters:,} "
             f"| {gmac:.1f} | {gmac - stock_gmac:.1f} | +{100 * (gmac / stock_gmac - 1):.1f} % |"
         )
 
 
-def block_rows(cfg: CfgNode, load: Load, batch_size: int) -> Iterator[str]:
-    """Yield the lines of a Markdown table of the blocks of a model, in training on a batch."""
-    model = build(cfg)
+def block_rows(cfg: CfgNode, workload: Workload, batch_size: int) -> Iterator[str]:
+    """Yield the lines of a Markdown table of a model's blocks, in training on a batch."""
+    model = build_meta_model(cfg)
     blocks = find_blocks(model)
     shapes: dict[str, list[int]] = {}
     with ExitStack() as hooks:
@@ -101,7 +101,7 @@ def block_rows(cfg: CfgNode, load: Load, batch_size: int) -> Iterator[str]:
                 shapes[name] = [batch_size * size, *rest]
 
             hooks.enter_context(block.register_forward_pre_hook(record))
-        run_networks(model, load)
+        run_networks(model, workload)
     if not shapes:
         yield (
             f"No non-local blocks: MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME}, "

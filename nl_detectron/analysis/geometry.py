@@ -1,9 +1,9 @@
-"""Where the cells of a feature map lie in the original image, and attention seen from there.
+"""Map the cells of a feature map, and attention over them, to the original image.
 
-Coordinates x, y count pixels of the image from its upper left corner, so (0.5, 0.5) is the centre
-of the first pixel. A cell is one position of a feature map, and is the square of the image that
-RoIAlign takes it for: cell i of a stage of stride s covers s * i to s * (i + 1). (In a ResNet the
-centre of its receptive field is the upper left corner of that square.)
+Coordinates x, y are in pixels from the upper left corner of the image, so (0.5, 0.5) is the center
+of the first pixel. A cell is one position of a feature map. It stands for the square of the image
+that RoIAlign assigns to it: cell i of a stage with stride s covers s * i to s * (i + 1). (In a
+ResNet, the center of its receptive field is the upper left corner of that square.)
 
 Shapes: T H W axes of a map; T = 1 for an image.
 """
@@ -18,15 +18,15 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class CellGrid:
-    """Where the cells of a map lie in the original image.
+class FeatureGrid:
+    """Position and size of a feature map's cells in the original image.
 
     Attributes:
         width: of a cell, in pixels of the original image.
-        height: likewise.
-        left: x where the first column begins.
-        top: y where the first row begins.
-        frames: frames of the clip that a cell covers.
+        height: of a cell, in pixels of the original image.
+        left: x of the left edge of the first column.
+        top: y of the top edge of the first row.
+        frames: number of frames that a cell covers.
     """
 
     width: float
@@ -36,16 +36,16 @@ class CellGrid:
     frames: int = 1
 
     @classmethod
-    def of_stage(
+    def for_stage(
         cls, stride: int, image_size: Sequence[int], input_size: Sequence[int]
-    ) -> CellGrid:
-        """The grid of a backbone stage.
+    ) -> FeatureGrid:
+        """Create the grid of a backbone stage.
 
         Args:
-            stride: of the stage.
+            stride: stride of the stage.
             image_size: H, W of the original image.
-            input_size: H, W of the image as it was resized for the network, before padding, which
-                detectron2 adds on the right and below and which therefore moves nothing.
+            input_size: H, W of the resized image, before padding. detectron2 pads on the right and
+                at the bottom only, which does not shift the grid.
         """
         return cls(
             width=stride * image_size[1] / input_size[1],
@@ -53,8 +53,8 @@ class CellGrid:
         )
 
     @classmethod
-    def of_roi(cls, box: Sequence[float], size: Sequence[int]) -> CellGrid:
-        """The grid of RoIAlign.
+    def for_roi(cls, box: Sequence[float], size: Sequence[int]) -> FeatureGrid:
+        """Create the grid of RoIAlign's output.
 
         Args:
             box: the RoI as x0, y0, x1, y1 in the original image.
@@ -64,17 +64,17 @@ class CellGrid:
         return cls(width=(x1 - x0) / size[1], height=(y1 - y0) / size[0], left=x0, top=y0)
 
     def cell(self, x: float, y: float, frame: int = 0) -> tuple[int, int, int]:
-        """The cell (T, row, column) of a point; it may be outside the map."""
+        """Return the cell (T, row, column) of a point; it can be outside the map."""
         row, column = (y - self.top) // self.height, (x - self.left) // self.width
         return frame // self.frames, int(row), int(column)
 
-    def coarsened(self, window: Sequence[int]) -> CellGrid:
-        """The grid of keys that each cover ``window`` = (rows, columns) of cells."""
+    def pooled(self, window: Sequence[int]) -> FeatureGrid:
+        """Return the grid after pooling with ``window`` = (rows, columns)."""
         rows, columns = window
         return replace(self, width=self.width * columns, height=self.height * rows)
 
     def boxes(self, rows: int, columns: int) -> np.ndarray:
-        """Boxes x0, y0, x1, y1 of the cells in the original image, (rows, columns, 4)."""
+        """Return boxes x0, y0, x1, y1 of the cells in the original image, (rows, columns, 4)."""
         x = self.left + self.width * np.arange(columns + 1)
         y = self.top + self.height * np.arange(rows + 1)
         x0, y0 = np.meshgrid(x[:-1], y[:-1])
@@ -86,9 +86,9 @@ class Key(NamedTuple):
     """A key of an attention map.
 
     Attributes:
-        box: x0, y0, x1, y1 of its part in the original image.
-        frame: T.
-        weight: its weight.
+        box: x0, y0, x1, y1 of the key in the original image.
+        frame: index into T.
+        weight: attention weight.
     """
 
     box: tuple[float, float, float, float]
@@ -96,8 +96,8 @@ class Key(NamedTuple):
     weight: float
 
     @property
-    def centre(self) -> tuple[float, float]:
-        """Centre of the box, x and y."""
+    def center(self) -> tuple[float, float]:
+        """x, y of the center of the box."""
         x0, y0, x1, y1 = self.box
         return (x0 + x1) / 2, (y0 + y1) / 2
 
@@ -108,9 +108,9 @@ class AttentionMap:
 
     Attributes:
         weights: (T, H, W), one per key; T = 1 for an image.
-        boxes: x0, y0, x1, y1 of the keys in the original image, cut off at its border; (H, W, 4). A
+        boxes: x0, y0, x1, y1 of the keys in the original image, clipped to its border; (H, W, 4). A
             key in the padding has an empty box.
-        query: x, y in the original image, and T.
+        query: x, y in the original image, and index into T.
     """
 
     weights: np.ndarray
@@ -119,15 +119,15 @@ class AttentionMap:
 
     @property
     def in_image(self) -> np.ndarray:
-        """Which keys lie in the image, at least in part; (H, W) bool."""
+        """Whether each key overlaps the image; (H, W) bool."""
         return np.all(self.boxes[..., 2:] > self.boxes[..., :2], axis=-1)
 
-    def strongest(self, count: int = 20) -> list[Key]:
-        """The keys in the image with the largest weights, regardless of signs."""
-        sizes = np.where(self.in_image, np.abs(self.weights), -np.inf)
-        count = min(count, int(np.isfinite(sizes).sum()))
-        best = np.argsort(-sizes, axis=None, kind="stable")[:count]
-        keys = zip(*np.unravel_index(best, sizes.shape))
+    def topk(self, count: int = 20) -> list[Key]:
+        """Return the ``count`` keys in the image with the largest absolute weights."""
+        magnitudes = np.where(self.in_image, np.abs(self.weights), -np.inf)
+        count = min(count, int(np.isfinite(magnitudes).sum()))
+        best = np.argsort(-magnitudes, axis=None, kind="stable")[:count]
+        keys = zip(*np.unravel_index(best, magnitudes.shape))
         return [
             Key(tuple(self.boxes[h, w].tolist()), int(t), float(self.weights[t, h, w]))
             for t, h, w in keys

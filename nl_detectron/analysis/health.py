@@ -1,4 +1,4 @@
-"""What a non-local block does to its features, in three numbers, for tables and training logs.
+"""Three numbers that summarize what a non-local block does to its features.
 
 Shapes: N samples, Q queries, K keys.
 """
@@ -27,11 +27,11 @@ MAX_SAMPLES, MAX_QUERIES = 8, 64
 
 
 class BlockHealth(NamedTuple):
-    """Three numbers about one call of a block.
+    """Summary of one call of a block.
 
     Attributes:
-        residual_ratio: |W_z y| / |x|, Euclidean norms over the whole map. 0: the block does
-            nothing.
+        residual_ratio: |W_z y| / |x|, Euclidean norms over the whole map; 0 means that the block
+            does nothing.
         entropy: see :func:`entropy`.
         query_dependence: see :func:`query_dependence`.
     """
@@ -42,16 +42,16 @@ class BlockHealth(NamedTuple):
 
 
 def entropy(attention: Tensor) -> float:
-    """Mean entropy of the rows over log K: 1 where all keys weigh the same, 0 where one has all.
+    """Mean entropy of the rows divided by log K: 1 for uniform rows, 0 for one-hot rows.
 
-    Forms whose rows are not distributions are read as such: |a_j| / sum_k |a_k|. Rows of zeros are
-    left out.
+    Rows that are not distributions (dot product, concatenation) are normalized to
+    |a_j| / sum_k |a_k|. Rows of zeros are ignored.
 
     Args:
         attention: (N, Q, K).
 
     Returns:
-        A number in [0, 1]; nan where K is 1 or no row is left.
+        A number in [0, 1]; nan if K is 1 or all rows are zero.
     """
     p = _as_distributions(attention)
     nats = torch.special.entr(p).sum(dim=-1)
@@ -59,16 +59,16 @@ def entropy(attention: Tensor) -> float:
 
 
 def query_dependence(attention: Tensor) -> float:
-    """How much the rows of a sample differ: the mean of 1/2 sum_k |p_ik - p_jk| over pairs i != j.
+    """Mean total variation distance 1/2 sum_k |p_ik - p_jk| between the rows i != j of a sample.
 
-    0: all queries look at the same places, as `GCNet <https://arxiv.org/abs/1904.11492>`_ found in
-    detection. 1: no two of them have a place in common. Rows are read as in :func:`entropy`.
+    0: all queries attend to the same positions, as `GCNet <https://arxiv.org/abs/1904.11492>`_
+    found in detection. 1: no two queries share a key. Rows are normalized as in :func:`entropy`.
 
     Args:
         attention: (N, Q, K).
 
     Returns:
-        A number in [0, 1]; nan where no sample has two rows.
+        A number in [0, 1]; nan if no sample has two nonzero rows.
     """
     p = _as_distributions(attention)
     distances = torch.cdist(p, p, p=1.0) / 2  # total variation
@@ -80,8 +80,8 @@ def query_dependence(attention: Tensor) -> float:
 def block_health(block: NonLocalBlock, x: Tensor, z: Tensor) -> BlockHealth:
     """Measure a block on its input x and output z, both (N, C, *size).
 
-    Attention is computed for at most ``MAX_QUERIES`` queries of ``MAX_SAMPLES`` samples, always the
-    same ones; no random number is drawn from the global generator.
+    Attention is computed for at most ``MAX_QUERIES`` queries of ``MAX_SAMPLES`` samples. The
+    queries are always the same, and the global random state is not touched.
     """
     size = x.shape[2:]
     queries = math.prod({"spacetime": size, "space": size[1:], "time": size[:1]}[block.axes])
@@ -95,16 +95,17 @@ def block_health(block: NonLocalBlock, x: Tensor, z: Tensor) -> BlockHealth:
 def watch_health(
     model: nn.Module, report: Callable[[str, BlockHealth], None], *patterns: str
 ) -> Iterator[None]:
-    """Measure blocks whenever the model runs within the context.
+    """Measure blocks in every forward pass within the context.
 
     Args:
-        model: any model with non-local blocks, in training or not. Its output does not change.
-        report: called with the name of the block and its health, for every call on a sample or
-            more.
-        patterns: as in :func:`nl_detectron.non_local.find_blocks`; without one, all blocks.
+        model: any model with non-local blocks, in training or evaluation mode. Its output does not
+            change.
+        report: called with the name and the health of a block, for every call with at least one
+            sample.
+        patterns: see :func:`nl_detectron.non_local.find_blocks`; default: all blocks.
 
     Raises:
-        ValueError: a pattern that no block matches.
+        ValueError: a pattern matches no block.
     """
 
     def measure(name: str, block: NonLocalBlock, args: tuple[Tensor, ...], z: Tensor) -> None:
@@ -118,21 +119,22 @@ def watch_health(
 
 
 class BlockHealthHook(HookBase):
-    """Logs the health of all blocks in training: a line each, and ``non_local/<block>/<number>``.
+    """Logs the health of all blocks in training, one line per block.
 
-    TensorBoard and metrics.json show the latter. Between two measurements, nothing is computed. Add
-    it to any detectron2 trainer: ``trainer.register_hooks([BlockHealthHook(100, trainer.model)])``.
+    The values also go to TensorBoard and metrics.json as ``non_local/<block>/<number>``. Iterations
+    between two measurements are not slowed down. It works with any detectron2 trainer:
+    ``trainer.register_hooks([BlockHealthHook(100, trainer.model)])``.
     """
 
     def __init__(self, period: int, model: nn.Module):
         """Create the hook.
 
         Args:
-            period: iterations from one measurement to the next, the first of all included.
-            model: the trainer's.
+            period: number of iterations between measurements; the first iteration is measured.
+            model: the trainer's model.
 
         Raises:
-            ValueError: a period below 1, or a model without non-local blocks.
+            ValueError: ``period`` is below 1, or the model has no non-local blocks.
         """
         if period < 1:
             raise ValueError(f"period must be at least 1, got {period}")
@@ -142,16 +144,16 @@ class BlockHealthHook(HookBase):
         find_blocks(self._model, "*")
 
     def before_step(self) -> None:
-        """Watch the step if it is its turn; only the main process logs."""
+        """Start measuring every ``period`` iterations, in the main process only."""
         if self.trainer.iter % self._period == 0 and comm.is_main_process():
             self._watch.enter_context(watch_health(self._model, _log))
 
     def after_step(self) -> None:
-        """Take the hooks off the blocks."""
+        """Remove the hooks from the blocks."""
         self._watch.close()
 
     def after_train(self) -> None:
-        """The same, after a step that failed."""
+        """Remove the hooks if a step failed."""
         self._watch.close()
 
 

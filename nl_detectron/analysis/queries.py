@@ -1,4 +1,4 @@
-"""Where to look from in an image: pixels, and joints of what a detector finds."""
+"""Query the attention of a detector from pixels, or from the keypoints of its detections."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import Metadata
 
-from nl_detectron.analysis.attention import attention_map, record_attention, stride_of
+from nl_detectron.analysis.attention import attention_map, block_stride, record_attention
 from nl_detectron.analysis.drawing import Box, Detection
-from nl_detectron.analysis.geometry import AttentionMap, CellGrid
+from nl_detectron.analysis.geometry import AttentionMap, FeatureGrid
 
 
-class Queries(NamedTuple):
-    """What to look from, and through which blocks.
+class QuerySpec(NamedTuple):
+    """The points to query attention from, and the blocks to query.
 
     Attributes:
-        pixels: x and y.
-        joints: name to index among the model's; of the best detection.
-        blocks: patterns as in :func:`nl_detectron.non_local.find_blocks`.
-        score_threshold: of detections.
+        pixels: x, y of each pixel.
+        joints: dict from the name of each joint to its index in the model; taken from the detection
+            with the highest score.
+        blocks: patterns, see :func:`nl_detectron.non_local.find_blocks`.
+        score_threshold: minimum score of a detection.
     """
 
     pixels: Sequence[tuple[int, int]]
@@ -31,16 +32,16 @@ class Queries(NamedTuple):
     score_threshold: float = 0.5
 
 
-class Answer(NamedTuple):
-    """Attention of one query through one block.
+class QueryResult(NamedTuple):
+    """Attention of one query in one block.
 
     Attributes:
         block: full name of the block.
         query: name of the joint, or "x_y".
-        title: the same, for a reader.
+        title: the query in readable form.
         attention: the map.
-        detection: whose joint, or in whose RoI, the query is.
-        view: the part of the image around the RoI that the block sees, if it sees no more.
+        detection: the detection that the joint belongs to, or whose RoI contains the query.
+        crop: for a block in an RoI head, the region around the RoI; otherwise None.
     """
 
     block: str
@@ -48,14 +49,14 @@ class Answer(NamedTuple):
     title: str
     attention: AttentionMap
     detection: Detection | None
-    view: Box | None
+    crop: Box | None
 
     @property
-    def in_words(self) -> str:
-        """Where it looks most, for a log."""
+    def summary(self) -> str:
+        """One line for a log: where the attention is highest."""
         attention = self.attention
-        key = attention.strongest(1)[0]
-        x, y = key.centre
+        key = attention.topk(1)[0]
+        x, y = key.center
         padding = attention.weights[:, ~attention.in_image].sum()
         return (
             f"most to ({x:.0f}, {y:.0f}), weight {key.weight:.3f} of "
@@ -63,8 +64,8 @@ class Answer(NamedTuple):
         )
 
 
-class _Found(NamedTuple):
-    """Detections, the best first: boxes (R, 4), scores (R,), classes (R,), joints (R, J, 2)."""
+class _Detections(NamedTuple):
+    """Detections by descending score: boxes (R, 4), scores (R,), classes (R,), joints (R, J, 2)."""
 
     boxes: np.ndarray
     scores: np.ndarray
@@ -73,117 +74,127 @@ class _Found(NamedTuple):
 
 
 def joint_indices(joints: Sequence[str], cfg: CfgNode, metadata: Metadata) -> dict[str, int]:
-    """Find joints that are given by name or by index.
+    """Look up joints by name or by index.
 
     Raises:
         ValueError: the model has no such joint.
     """
-    number = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0
+    num_joints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0
     names = list(metadata.get("keypoint_names", ()))
-    indices = {str(i): i for i in range(number)}
-    indices.update(zip(names, range(number)))
+    indices = {str(i): i for i in range(num_joints)}
+    indices.update(zip(names, range(num_joints)))
     for joint in joints:
         if joint not in indices:
-            there = ", ".join(names) or (f"0 to {number - 1}" if number else "none")
-            raise ValueError(f"no joint {joint!r}; the joints of the model: {there}")
+            choices = ", ".join(names) or (f"0 to {num_joints - 1}" if num_joints else "none")
+            raise ValueError(
+                f"--joint must be one of the model's joints ({choices}), got {joint!r}"
+            )
     return {joint: indices[joint] for joint in joints}
 
 
-def answer(
-    queries: Queries, predictor: Any, metadata: Metadata, image: np.ndarray
-) -> Iterator[Answer]:
-    """Run a detector on an image and tell where its blocks look.
+def query_attention(
+    queries: QuerySpec, predictor: Any, metadata: Metadata, image: np.ndarray
+) -> Iterator[QueryResult]:
+    """Run a detector on an image and yield the attention of every query in every block.
 
     Args:
-        queries: what to look from.
+        queries: the points and blocks to query.
         predictor: a :class:`nl_detectron.engine.predictor.Predictor` of the detector.
-        metadata: names of its classes.
+        metadata: holds the class names.
         image: BGR, uint8, (H, W, 3).
 
     Raises:
-        ValueError: a query has no place in the image.
+        ValueError: a query is outside the image, or no detection matches it.
     """
     size = image.shape[:2]
     for column, row in queries.pixels:
         if not (0 <= column < size[1] and 0 <= row < size[0]):
             raise ValueError(
-                f"--query {column},{row} is outside the image of {size[1]} x {size[0]}"
+                f"--query {column},{row} is outside the image, {size[1]} x {size[0]} pixels"
             )
     model: Any = predictor.model
     inputs = predictor.network_input(image)
     with torch.no_grad(), record_attention(model, *queries.blocks) as recordings:
-        found = _detect(model, inputs, size)
+        detections = _detect(model, inputs, size)
     names = metadata.get("thing_classes", ())
-    good = found.scores >= queries.score_threshold
+    confident = detections.scores >= queries.score_threshold
 
-    def detection(i: int) -> Detection:
-        c = int(found.classes[i])
+    def label(i: int) -> Detection:
+        c = int(detections.classes[i])
         name = names[c] if c < len(names) else f"class {c}"
-        return Detection(tuple(found.boxes[i].tolist()), f"{name} {found.scores[i]:.0%}")
+        return Detection(tuple(detections.boxes[i].tolist()), f"{name} {detections.scores[i]:.0%}")
 
     for recording in recordings.values():
-        for query, title, who, (x, y) in _points(queries, found, good):
+        for query, title, index, (x, y) in _query_points(queries, detections, confident):
             if recording.name.startswith("backbone."):
-                stride = stride_of(model.backbone, recording.block)
-                grid, view = CellGrid.of_stage(stride, size, inputs["image"].shape[1:]), None
+                stride = block_stride(model.backbone, recording.block)
+                grid, crop = FeatureGrid.for_stage(stride, size, inputs["image"].shape[1:]), None
                 attention = attention_map(recording, grid, size, x, y)
             else:
-                roi = _first_holding(found.boxes[good], x, y) if who is None else who
-                grid = CellGrid.of_roi(found.boxes[roi], recording.last_input.shape[2:])
+                roi = index
+                if roi is None:
+                    roi = _first_box_containing(detections.boxes[confident], x, y)
+                grid = FeatureGrid.for_roi(detections.boxes[roi], recording.last_input.shape[2:])
                 attention = attention_map(recording, grid, size, x, y, sample=roi)
-                view, who = _with_margin(found.boxes[roi], size), roi
-            outlined = None if who is None else detection(who)
-            yield Answer(recording.name, query, title, attention, outlined, view)
+                crop, index = _expand_box(detections.boxes[roi], size), roi
+            outlined = None if index is None else label(index)
+            yield QueryResult(recording.name, query, title, attention, outlined, crop)
 
 
-def _detect(model: Any, inputs: dict[str, Any], image_size: Sequence[int]) -> _Found:
-    """Run the model; what it finds, in coordinates of the original image."""
+def _detect(model: Any, inputs: dict[str, Any], image_size: Sequence[int]) -> _Detections:
+    """Run the model and return its detections in coordinates of the original image."""
     if not hasattr(model, "roi_heads"):
         model([inputs])
-        return _Found(np.zeros((0, 4)), np.zeros(0), np.zeros(0), np.zeros((0, 0, 2)))
-    # Before postprocessing, which drops detections: these are the RoIs of the heads.
-    (found,) = model.inference([inputs], do_postprocess=False)
+        return _Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0), np.zeros((0, 0, 2)))
+    # Skip postprocessing, which drops detections: these boxes are the RoIs of the heads.
+    (detections,) = model.inference([inputs], do_postprocess=False)
     height, width = inputs["image"].shape[1:]
     scale = np.array([image_size[1] / width, image_size[0] / height])
-    boxes = found.pred_boxes.tensor.cpu().numpy()
+    boxes = detections.pred_boxes.tensor.cpu().numpy()
     joints = np.zeros((len(boxes), 0, 3))
-    if found.has("pred_keypoints"):
-        joints = found.pred_keypoints.cpu().numpy()
-    return _Found(
+    if detections.has("pred_keypoints"):
+        joints = detections.pred_keypoints.cpu().numpy()
+    return _Detections(
         boxes * np.tile(scale, 2),
-        found.scores.cpu().numpy(),
-        found.pred_classes.cpu().numpy(),
+        detections.scores.cpu().numpy(),
+        detections.pred_classes.cpu().numpy(),
         joints[..., :2] * scale,
     )
 
 
-def _points(
-    queries: Queries, found: _Found, good: np.ndarray
+def _query_points(
+    queries: QuerySpec, detections: _Detections, confident: np.ndarray
 ) -> Iterator[tuple[str, str, int | None, tuple[float, float]]]:
-    """Name, title, detection if it is a joint's, and coordinates of each query."""
+    """Yield name, title, index of the detection (None for pixels) and x, y of each query."""
     for x, y in queries.pixels:
         yield f"{x}_{y}", f"query ({x}, {y})", None, (x + 0.5, y + 0.5)
     for joint, index in queries.joints.items():
-        if not good.any():
-            best = f"; the best has {found.scores.max():.2f}" if len(found.scores) else ""
-            raise ValueError(f"no detection of score {queries.score_threshold:g} or more{best}")
+        if not confident.any():
+            best = (
+                ""
+                if not len(detections.scores)
+                else f"; the highest is {detections.scores.max():.2f}"
+            )
+            raise ValueError(
+                f"no detection reaches --score-threshold {queries.score_threshold:g}{best}"
+            )
         title = f"joint {joint}" if joint.isdecimal() else joint
-        yield joint, title, 0, tuple(found.joints[0, index].tolist())
+        yield joint, title, 0, tuple(detections.joints[0, index].tolist())
 
 
-def _first_holding(boxes: np.ndarray, x: float, y: float) -> int:
-    """Index of the first box that the point is in."""
-    holding = (boxes[:, :2] <= [x, y]).all(axis=1) & ([x, y] < boxes[:, 2:]).all(axis=1)
-    if not holding.any():
+def _first_box_containing(boxes: np.ndarray, x: float, y: float) -> int:
+    """Return the index of the first box that contains the point."""
+    inside = (boxes[:, :2] <= [x, y]).all(axis=1) & ([x, y] < boxes[:, 2:]).all(axis=1)
+    if not inside.any():
         raise ValueError(
-            f"--query {int(x)},{int(y)} is in none of the {len(boxes)} detections at or above "
+            f"--query {int(x)},{int(y)} is in none of the {len(boxes)} detections that reach "
             "--score-threshold"
         )
-    return int(holding.argmax())
+    return int(inside.argmax())
 
 
-def _with_margin(box: np.ndarray, image_size: Sequence[int]) -> Box:
-    """The box and a tenth of its size around it, as far as the image goes."""
+def _expand_box(box: np.ndarray, image_size: Sequence[int]) -> Box:
+    """Expand a box by a tenth of its longer side, and clip it to the image."""
     x0, y0, x1, y1 = box.tolist()
     margin = 0.1 * max(x1 - x0, y1 - y0)
     height, width = image_size

@@ -1,1 +1,1 @@
-"""What trains, compares and predicts with a model; only :mod:`.coco` knows of a task."""
+"""Train, compare and run models; only :mod:`.coco` is specific to a task."""

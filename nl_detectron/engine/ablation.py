@@ -1,8 +1,8 @@
-"""Do the blocks help? A model with and without them, trained alike, and their scores compared.
+"""Train a model with and without its blocks under identical conditions, and compare the scores.
 
-Both start with the same weights and see the same images with the same augmentations in the same
-order, and new blocks are the identity: so the losses of the first iteration are equal, to the last
-bit where the device is deterministic. Whatever differs later is the blocks' doing.
+Both models start from the same weights and see the same images, with the same augmentations, in the
+same order. New blocks are the identity, so the losses of the first iteration are equal, bit for bit
+on a deterministic device. Any later difference comes from the blocks.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from torch import nn
 from nl_detectron.config import without_blocks
 from nl_detectron.engine.trainer import StrictTrainer
 
-LABELS = {"stock": "stock", "non_local": "non-local"}
-"""Names of the two models, and what tables and figures call them."""
-WINDOW = 20
-"""Iterations whose median a loss curve shows, as detectron2's log does."""
+VARIANTS = {"stock": "stock", "non_local": "non-local"}
+"""Names of the two models, and their labels in tables and figures."""
+MEDIAN_WINDOW = 20
+"""Number of iterations in the median of a loss curve, as in detectron2's log."""
 
 
 class PairedTrainer(StrictTrainer):
-    """Trains one of two models that start alike; to be mixed into the trainer of a task."""
+    """Mixin for the trainer of a task: trains one of two models with identical initial weights."""
 
     without_blocks = staticmethod(without_blocks)
 
@@ -37,40 +37,40 @@ class PairedTrainer(StrictTrainer):
         """See :class:`StrictTrainer`.
 
         Raises:
-            ValueError: ``SEED`` is negative, which asks for a random one.
+            ValueError: ``SEED`` is negative, which asks for a random seed.
         """
         if cfg.SEED < 0:
             raise ValueError(
-                f"SEED must be 0 or more, or the two models would not start alike; got {cfg.SEED}"
+                f"SEED must be at least 0, to give both models the same weights, got {cfg.SEED}"
             )
         super().__init__(cfg, **load_options)
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """Build a model whose parameters outside of blocks start as they do without blocks."""
-        _seed(cfg)  # the blocks
+        """Build a model whose parameters outside the blocks start as they do without blocks."""
+        _seed(cfg)  # for the blocks
         model = super().build_model(cfg)
-        _seed(cfg)  # all the rest
+        _seed(cfg)  # everything else
         baseline = build_model(cls.without_blocks(cfg))
         model.load_state_dict(baseline.state_dict(), strict=False)
         return model
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable:
-        """Build the loader; from here on both models draw the same random numbers."""
-        _seed(cfg)  # the order of the images, their augmentations, and what the losses sample
+        """Build the data loader; from here on, both models draw the same random numbers."""
+        _seed(cfg)  # image order, augmentations, and sampling in the losses
         return super().build_train_loader(cfg)
 
 
 @dataclass(frozen=True)
-class Run:
-    """The outcome of a training.
+class TrainingResult:
+    """The outcome of a training run.
 
     Attributes:
-        scores: the trainer's metrics, by name: ``{"bbox/AP": 39.0, "segm/AP": 35.5}``, in percent;
+        scores: the trainer's metrics by name, in percent: ``{"bbox/AP": 39.0, "segm/AP": 35.5}``;
             with several test sets, by "test set/name".
-        losses: by name, one value an iteration; "total_loss" is their sum. Empty in all processes
-            but the main one.
+        losses: by name, one value per iteration; "total_loss" is their sum. Empty except in the
+            main process.
     """
 
     scores: dict[str, float]
@@ -79,13 +79,13 @@ class Run:
 
 def train_and_evaluate(
     cfg: CfgNode, trainer_class: type[PairedTrainer], **load_options: object
-) -> Run:
-    """Train one of the two models; config, log, checkpoints and results go to ``OUTPUT_DIR``.
+) -> TrainingResult:
+    """Train and evaluate one of the two models; all outputs go to ``OUTPUT_DIR``.
 
     Args:
-        cfg: with blocks, or without.
-        trainer_class: of the task.
-        load_options: of :class:`nl_detectron.engine.checkpoint.StrictCheckpointer`.
+        cfg: config with or without blocks.
+        trainer_class: trainer of the task.
+        load_options: see :class:`nl_detectron.engine.checkpoint.StrictCheckpointer`.
     """
     if comm.is_main_process():
         output = Path(cfg.OUTPUT_DIR)
@@ -96,7 +96,7 @@ def train_and_evaluate(
     trainer.train()
     storage = trainer.storage
     latest = {name: value for name, (value, _) in storage.latest().items()}
-    return Run(
+    return TrainingResult(
         scores={
             name: value
             for name, value in latest.items()
@@ -111,11 +111,13 @@ def train_and_evaluate(
 
 
 def score_table(scores: Mapping[str, Mapping[str, float]], metrics: Mapping[str, str]) -> str:
-    """Lay out scores, one row a model and one column a metric; below two rows, their difference.
+    """Format scores as a table, one row per model and one column per metric.
+
+    With two models, a third row shows their difference.
 
     Args:
-        scores: of each model by its label, ``Run.scores``.
-        metrics: what to call them, as in :class:`StrictTrainer`.
+        scores: ``TrainingResult.scores`` of each model, by its label.
+        metrics: column headings, as in :class:`StrictTrainer`.
     """
     names = list(next(iter(scores.values())))
     headings = [_heading(name, metrics) for name in names]
@@ -132,20 +134,22 @@ def score_table(scores: Mapping[str, Mapping[str, float]], metrics: Mapping[str,
 
 
 def draw_losses(path: Path, losses: Mapping[str, Sequence[float]]) -> None:
-    """Draw loss curves into one figure: each value, and their running median.
+    """Plot the loss of several models: each value, and the running median.
 
     Args:
         path: PNG file to write.
-        losses: of each model by its label, the total loss of every iteration.
+        losses: total loss of every iteration of each model, by its label.
     """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for index, (label, values) in enumerate(losses.items()):
         color = f"C{index}"
-        medians = [np.median(values[max(0, i - WINDOW) : i]) for i in range(1, len(values) + 1)]
+        medians = [
+            np.median(values[max(0, i - MEDIAN_WINDOW) : i]) for i in range(1, len(values) + 1)
+        ]
         axes.plot(values, color=color, alpha=0.2, linewidth=1)
         axes.plot(medians, color=color, label=label)
-    axes.set(xlabel="iteration", ylabel=f"total loss (median of {WINDOW} iterations)")
+    axes.set(xlabel="iteration", ylabel=f"total loss (median of {MEDIAN_WINDOW} iterations)")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

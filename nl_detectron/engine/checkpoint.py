@@ -1,4 +1,4 @@
-"""A checkpointer that refuses weights which silently leave part of a network untrained."""
+"""A checkpointer that refuses weights that would silently leave part of a network untrained."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ _NON_LOCAL_BLOCK = re.compile(r"^(?P<block>(?:.*\.)?non_local\d+)\.")
 
 
 class StrictCheckpointer(DetectionCheckpointer):
-    """detectron2's checkpointer, for networks that are a known one plus non-local blocks.
+    """detectron2's checkpointer, for known networks with added non-local blocks.
 
-    A checkpoint may lack whole non-local blocks, which start as the identity. A checkpoint of a
-    backbone alone (ImageNet pretraining) may lack all that is not backbone. Anything else that it
-    lacks, or holds in another shape, must have been named in ``allow_missing``. It may hold more
-    than the model takes, but neither the layers of a deeper network nor non-local blocks.
+    Whole non-local blocks may be missing from a checkpoint; they start as the identity. A
+    backbone-only checkpoint (ImageNet pretraining) may lack everything outside the backbone. Any
+    other parameter that is missing or has another shape must match ``allow_missing``. Unexpected
+    parameters are ignored, except for layers of a deeper network and non-local blocks, which are
+    refused.
 
-    A training that is resumed must find all that the model has, and nothing else.
+    To resume training, the checkpoint must match the model exactly.
     """
 
     def __init__(
@@ -49,17 +50,17 @@ class StrictCheckpointer(DetectionCheckpointer):
 
         Args:
             model: the model to load into.
-            save_dir: as in ``DetectionCheckpointer``.
-            backbone_prefix: what the names of the backbone's parameters begin with; without it, no
-                backbone alone is accepted.
-            allow_missing: prefixes of parameter names, such as "roi_heads.box_predictor", that keep
-                their initial values on purpose; "" stands for all.
-            strip_blocks: leave out the checkpoint's non-local blocks on purpose.
-            complete: for a model that is used without being trained: refuse a backbone alone, too,
-                and all that the model has no place for.
-            metadata: goes into every checkpoint that is saved, and into a file beside them; see
+            save_dir: see ``DetectionCheckpointer``.
+            backbone_prefix: prefix of the names of the backbone's parameters; if empty,
+                backbone-only checkpoints are refused.
+            allow_missing: prefixes of parameters, such as "roi_heads.box_predictor", that may keep
+                their initial values; "" matches all.
+            strip_blocks: drop the checkpoint's non-local blocks.
+            complete: for inference: also refuse backbone-only checkpoints and all unexpected
+                parameters.
+            metadata: saved with every checkpoint, and in a file next to it; see
                 :func:`stored_metadata`.
-            kwargs: as in ``DetectionCheckpointer``.
+            kwargs: see ``DetectionCheckpointer``.
         """
         super().__init__(model, save_dir, **kwargs)
         self.backbone_prefix = backbone_prefix
@@ -70,7 +71,7 @@ class StrictCheckpointer(DetectionCheckpointer):
         self._resuming = False
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Save the model, what goes with it, and the metadata."""
+        """Save the model, its checkpointables and the metadata."""
         if self.metadata and self.save_dir and self.save_to_disk:
             write_metadata(self.save_dir, self.metadata)
             kwargs["metadata"] = dict(self.metadata)
@@ -80,11 +81,11 @@ class StrictCheckpointer(DetectionCheckpointer):
         """Load a checkpoint.
 
         Raises:
-            ValueError: it is not there, cannot be read, or is not of this model.
+            ValueError: the checkpoint is missing, cannot be read, or does not fit the model.
         """
         try:
             return super().load(path, *args, **kwargs)
-        except (AssertionError, OSError, ValueError) as error:  # no such file is an AssertionError
+        except (AssertionError, OSError, ValueError) as error:  # AssertionError: no such file
             raise ValueError(f"weights {path}: {error}") from error
 
     def _load_file(self, filename: str) -> Any:
@@ -93,12 +94,12 @@ class StrictCheckpointer(DetectionCheckpointer):
         except OSError:
             raise
         except pickle.UnpicklingError as error:
-            raise ValueError("this file does not hold tensors alone") from error
-        except Exception as error:  # broken files raise all sorts
-            raise ValueError(f"this file cannot be read as a checkpoint: {error!r}") from error
+            raise ValueError("the file holds other objects than tensors") from error
+        except Exception as error:  # broken files raise many types
+            raise ValueError(f"the file cannot be read as a checkpoint: {error!r}") from error
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """As stock; a checkpoint to resume from must be this very model's."""
+        """As in ``DetectionCheckpointer``, but never resume from another model's checkpoint."""
         self._resuming = resume and self.has_checkpoint()
         return super().resume_or_load(path, resume=resume)
 
@@ -107,91 +108,89 @@ class StrictCheckpointer(DetectionCheckpointer):
             blocks = {name for name in checkpoint["model"] if _NON_LOCAL_BLOCK.match(name)}
             for name in blocks:
                 del checkpoint["model"][name]
-            self.logger.info("Non-local blocks of the checkpoint left out: %s", _blocks(blocks))
+            self.logger.info("Dropped non-local blocks of the checkpoint: %s", _block_names(blocks))
         incompatible = super()._load_model(checkpoint)
-        missing = set(incompatible.missing_keys)  # with those of another shape
-        misshapen = {name for name, *_ in incompatible.incorrect_shapes}
-        self._check_lacking(missing, misshapen)
-        self._check_surplus(incompatible.unexpected_keys)
+        missing = set(incompatible.missing_keys)  # includes those of another shape
+        incorrect_shapes = {name for name, *_ in incompatible.incorrect_shapes}
+        self._check_missing_keys(missing, incorrect_shapes)
+        self._check_unexpected_keys(incompatible.unexpected_keys)
         return incompatible
 
-    def _check_lacking(self, lacking: set[str], misshapen: set[str]) -> None:
+    def _check_missing_keys(self, missing: set[str], incorrect_shapes: set[str]) -> None:
         names = set(self.model.state_dict())
         if self._resuming:
-            self._refuse_lacking(lacking, "It is of another model than the training to resume.")
+            self._refuse_missing(missing, "To resume, it must be of the same model.")
             return
-        unexplained = {name for name in lacking if not name.startswith(self.allow_missing)}
+        unexplained = {name for name in missing if not name.startswith(self.allow_missing)}
         for block, module in find_blocks(self.model).items():
             own = {f"{block}.{name}" for name in module.state_dict()}
-            if own <= lacking - misshapen:
+            if own <= missing - incorrect_shapes:
                 unexplained -= own
 
         prefixes = (self.backbone_prefix, "pixel_")
         beyond_backbone = {name for name in names if not name.startswith(prefixes)}
-        backbone_alone = bool(beyond_backbone) and beyond_backbone <= lacking
-        if backbone_alone and not self.complete:
+        backbone_only = bool(beyond_backbone) and beyond_backbone <= missing
+        if backbone_only and not self.complete:
             unexplained -= beyond_backbone
-            self.logger.info("The checkpoint holds a backbone alone; the rest starts from scratch.")
+            self.logger.info("The checkpoint holds only a backbone; the rest starts from scratch.")
         if any(_NON_LOCAL_BLOCK.match(name) for name in unexplained):
-            hint = "Are its non-local blocks of another form or size?"
+            hint = "Do its non-local blocks have another pairwise form or size?"
         else:
-            hint = "Is it of another depth or number of classes?"
+            hint = "Does it have another depth or number of classes?"
         if self.complete:
-            hint += " A backbone alone is not enough here."
+            hint += " A backbone is not enough here."
         else:
             hint += (
-                " What should start from scratch can be named with allow_missing (--allow-missing "
-                "on the command line)."
+                " Name what may start from scratch with allow_missing (--allow-missing on the "
+                "command line)."
             )
-        self._refuse_lacking(unexplained, hint)
+        self._refuse_missing(unexplained, hint)
 
-    def _refuse_lacking(self, lacking: set[str], hint: str) -> None:
-        if lacking:
+    def _refuse_missing(self, missing: set[str], hint: str) -> None:
+        if missing:
             raise ValueError(
-                f"the checkpoint lacks {len(lacking)} of the model's "
+                f"the checkpoint lacks {len(missing)} of the model's "
                 f"{len(self.model.state_dict())} tensors, or has them in another shape: "
-                f"{_some(lacking)}. {hint}"
+                f"{_abbreviate(missing)}. {hint}"
             )
 
-    def _check_surplus(self, surplus: Collection[str]) -> None:
-        deeper = _deeper(surplus, self.model.state_dict())
-        non_local = [name for name in surplus if _NON_LOCAL_BLOCK.match(name)]
+    def _check_unexpected_keys(self, unexpected: Collection[str]) -> None:
+        deeper = _keys_of_deeper_layers(unexpected, self.model.state_dict())
+        non_local = [name for name in unexpected if _NON_LOCAL_BLOCK.match(name)]
         if deeper:
             raise ValueError(
-                "the checkpoint holds layers that the model has no place for: "
-                f"{_some(deeper)}. Is it of another depth?"
+                "the checkpoint holds layers that the model does not have: "
+                f"{_abbreviate(deeper)}. Does it have another depth?"
             )
         if non_local:
-            hint = "Is its MODEL.NON_LOCAL another one?"
+            hint = "Was it trained with another MODEL.NON_LOCAL?"
             if not (self.complete or self._resuming):
-                hint += (
-                    " It can be loaded without its blocks: strip_blocks (--strip-blocks on "
-                    "the command line)."
-                )
+                hint += " strip_blocks (--strip-blocks on the command line) drops its blocks."
             raise ValueError(
-                "the checkpoint holds non-local blocks that the model has no place for: "
-                f"{_blocks(non_local)}. {hint}"
+                "the checkpoint holds non-local blocks that the model does not have: "
+                f"{_block_names(non_local)}. {hint}"
             )
-        if surplus and (self.complete or self._resuming):
+        if unexpected and (self.complete or self._resuming):
             raise ValueError(
-                f"the checkpoint holds tensors that the model has no place for: {_some(surplus)}"
+                "the checkpoint holds tensors that the model does not have: "
+                f"{_abbreviate(unexpected)}"
             )
 
 
-def _blocks(names: Iterable[str]) -> str:
+def _block_names(names: Iterable[str]) -> str:
     found = {m["block"] for name in names if (m := _NON_LOCAL_BLOCK.match(name))}
-    return _some(found) if found else "it has none"
+    return _abbreviate(found) if found else "none"
 
 
-def _some(names: Iterable[str]) -> str:
+def _abbreviate(names: Iterable[str]) -> str:
     first, rest = sorted(names)[:8], sorted(names)[8:]
     return ", ".join(first) + (f" and {len(rest)} more" if rest else "")
 
 
-def _deeper(surplus: Iterable[str], known: Iterable[str]) -> list[str]:
-    """Parameters of layers with a number beyond those that the model has in the same place.
+def _keys_of_deeper_layers(unexpected: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Return the keys of numbered layers that the model does not have next to its own.
 
-    A checkpoint may lack the prefix of a backbone: its "res4.6.conv1.weight" goes beyond
+    A checkpoint may lack the backbone's prefix: "res4.6.conv1.weight" is deeper than
     "backbone.bottom_up.res4.5.conv1.weight".
     """
     numbers: dict[str, set[str]] = {}
@@ -202,43 +201,43 @@ def _deeper(surplus: Iterable[str], known: Iterable[str]) -> list[str]:
                 numbers.setdefault(".".join(stage[i:]), set()).add(layer[1])
     return [
         name
-        for name in surplus
+        for name in unexpected
         for layer in _NUMBER.finditer(name)
         if (there := numbers.get(name[: layer.start()])) and layer[1] not in there
     ]
 
 
 def stored_metadata(weights: str) -> dict[str, Any]:
-    """Return what was stored with a checkpoint: in it, or else in the file beside it.
+    """Return the metadata stored in a checkpoint, or else in the file next to it.
 
     Args:
         weights: checkpoint; only ``.pth`` files can hold metadata.
 
     Returns:
-        What the training gave its checkpointer; empty if nothing was stored.
+        The metadata that the checkpointer was given in training; empty if there is none.
     """
     if not weights.endswith(".pth"):
         return {}
     try:
         path = PathManager.get_local_path(weights)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # whoever loads the weights tells what is wrong with the file
+    except Exception:  # the error is reported when the weights are loaded
         return {}
-    beside = Path(path).with_name(METADATA_FILE)
+    sidecar = Path(path).with_name(METADATA_FILE)
     if "metadata" in checkpoint:
         return checkpoint["metadata"]
-    return json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+    return json.loads(sidecar.read_text(encoding="utf-8")) if sidecar.exists() else {}
 
 
 def write_metadata(folder: str, metadata: Mapping[str, Any]) -> None:
-    """Write metadata beside checkpoints, for people and for other programs."""
+    """Write the metadata next to the checkpoints, as JSON."""
     text = json.dumps(metadata, indent=1, ensure_ascii=False)
     with PathManager.open(str(Path(folder) / METADATA_FILE), "w") as file:
         file.write(text)
 
 
 def checkpoint_to_load(cfg: CfgNode, resume: bool) -> tuple[str, bool]:
-    """Return the checkpoint that a run starts from, and whether it is resumed there."""
+    """Return the checkpoint that a run loads, and whether it resumes from there."""
     checkpointer = DetectionCheckpointer(nn.Module(), cfg.OUTPUT_DIR)
     if resume and checkpointer.has_checkpoint():
         return checkpointer.get_checkpoint_file(), True

@@ -1,4 +1,4 @@
-"""What a tool says on the console: mistakes in one sentence, no warning about detectron2's code."""
+"""Console output of the commands: one-line errors, and no warnings about detectron2's own code."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def mistakes_in_one_sentence() -> Iterator[None]:
-    """End the program with the message of an error, and exit code 1, instead of a traceback.
+def errors_without_traceback() -> Iterator[None]:
+    """Exit with code 1 and a one-line message, instead of a traceback, on invalid user input.
 
-    It belongs around the code that reads what a person gave: arguments, files, configs. Errors from
-    elsewhere are faults of the code, and keep their traceback.
+    Wrap the code that reads user input with it: arguments, files, configs. Errors raised elsewhere
+    are bugs, and keep their traceback.
     """
     try:
         yield
@@ -24,14 +24,14 @@ def mistakes_in_one_sentence() -> Iterator[None]:
 
 
 @contextmanager
-def quiet_detectron2() -> Iterator[None]:
-    """Hide two warnings of PyTorch about how detectron2 calls it, which only detectron2 can mend.
+def suppress_detectron2_warnings() -> Iterator[None]:
+    """Hide two PyTorch warnings that only a change to detectron2's code could fix.
 
-    For programs and for imports: within the context, all threads are concerned.
+    The filters apply to all threads while the context is active.
     """
     with warnings.catch_warnings():
-        # when it is imported
+        # on import
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
-        # when it makes anchors
+        # in the anchor generator
         warnings.filterwarnings("ignore", "torch.meshgrid: in an upcoming release", UserWarning)
         yield

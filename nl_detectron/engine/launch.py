@@ -1,4 +1,4 @@
-"""Runs a tool: first checks what can be checked without training, then starts its processes."""
+"""Launch a command: validate its input without training, then start its processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
-from nl_detectron.engine.console import mistakes_in_one_sentence, quiet_detectron2
+from nl_detectron.engine.console import errors_without_traceback, suppress_detectron2_warnings
 
 Main = Callable[[argparse.Namespace], Any]
 
@@ -29,17 +29,17 @@ def launch(
 ) -> None:
     """Run ``main(args)`` in as many processes as the arguments ask for, on GPUs or on the CPU.
 
-    What is wrong with the arguments, the config, its data or its weights ends the program with one
-    sentence, before anything else is printed.
+    Invalid arguments, configs, data sets and weights end the program with a one-line message before
+    anything else is printed.
 
     Args:
         main: runs in every process.
-        args: from :func:`nl_detectron_cli.arguments.argument_parser`.
-        read_config: makes the config from them.
-        check: raises ``ValueError`` if ``main`` could do nothing with it.
+        args: from :func:`nl_detectron_cli.arguments.training_parser`.
+        read_config: builds the config from the arguments.
+        check: raises ``ValueError`` if ``main`` cannot run with the config.
     """
-    with quiet_detectron2():
-        with mistakes_in_one_sentence():
+    with suppress_detectron2_warnings():
+        with errors_without_traceback():
             cfg = read_config(args)
             processes = _number_of_processes(args, cfg)
             _check_output(cfg)
@@ -57,21 +57,22 @@ def launch(
 
 
 def _number_of_processes(args: argparse.Namespace, cfg: CfgNode) -> int:
-    """Return how many processes to run on this machine."""
+    """Return the number of processes on this machine."""
     processes = args.num_processes or args.num_gpus
     if cfg.MODEL.DEVICE == "cpu":
         if args.num_gpus > 1:
             raise ValueError(
-                f"--num-gpus {args.num_gpus}: there is no CUDA device, or MODEL.DEVICE is 'cpu'; "
-                f"--num-processes {args.num_gpus} runs as many processes on the CPU"
+                f"--num-gpus {args.num_gpus} needs CUDA devices, but there is none or MODEL.DEVICE "
+                f"is 'cpu'; use --num-processes {args.num_gpus} to train on the CPU"
             )
     elif processes > torch.cuda.device_count():
         raise ValueError(
-            f"--num-gpus {processes}: this machine has {torch.cuda.device_count()} CUDA devices"
+            f"--num-gpus must be at most the number of CUDA devices, {torch.cuda.device_count()}, "
+            f"got {processes}"
         )
     if args.num_machines > 1 and args.dist_url == "auto":
         raise ValueError(
-            f"--dist-url auto finds a port on one machine, got --num-machines {args.num_machines}"
+            f"--dist-url auto works on one machine only, got --num-machines {args.num_machines}"
         )
     world_size, batch_size = processes * args.num_machines, cfg.SOLVER.IMS_PER_BATCH
     if not cfg.SOLVER.REFERENCE_WORLD_SIZE and batch_size % world_size and not args.eval_only:
@@ -93,19 +94,19 @@ def _check_output(cfg: CfgNode) -> None:
         ) from error
 
 
-def share_cores(processes: int) -> None:
-    """Let this process take its share of the cores, unless the environment says how many threads.
+def limit_threads(processes: int) -> None:
+    """Divide the CPU cores among the processes, unless the environment sets a number of threads.
 
-    Else each process has as many threads as there are cores, and where one thread waits for a core,
-    all threads of its process wait for it, many times in each iteration.
+    Otherwise each process uses as many threads as there are cores, and every parallel section waits
+    for threads that wait for a core.
     """
     if not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
         torch.set_num_threads(max(1, torch.get_num_threads() // processes))
 
 
 def _cpu_worker(rank: int, main: Main, args: argparse.Namespace, processes: int, url: str) -> None:
-    """Do what detectron2's worker does, for which 0.6 insists on CUDA."""
-    share_cores(processes)
+    """Replace detectron2's worker, which requires CUDA in version 0.6."""
+    limit_threads(processes)
     dist.init_process_group(
         "gloo",
         url,
@@ -117,5 +118,5 @@ def _cpu_worker(rank: int, main: Main, args: argparse.Namespace, processes: int,
         if machine == args.machine_rank:
             comm._LOCAL_PROCESS_GROUP = group
     comm.synchronize()
-    with quiet_detectron2():
+    with suppress_detectron2_warnings():
         main(args)

@@ -1,4 +1,4 @@
-"""Models in use: built from a config, with all of their weights, and run on images."""
+"""Inference with a model: build it from a config, load all of its weights, and run it on images."""
 
 from __future__ import annotations
 
@@ -18,32 +18,30 @@ logger = logging.getLogger(__name__)
 
 
 class Predictor(engine.DefaultPredictor):
-    """detectron2's predictor for BGR images (H, W, 3), strict about the weights it loads."""
+    """detectron2's predictor for BGR images (H, W, 3), which requires a complete set of weights."""
 
     def __init__(self, cfg: CfgNode, weights: str | None = None):
         """Build the model and load its weights.
 
         Args:
-            cfg: is not changed.
-            weights: checkpoint; without it, the config's. "" leaves the model at its initial
-                values.
+            cfg: config of the model; it is not modified.
+            weights: checkpoint; default: ``MODEL.WEIGHTS``. "" keeps the initial values.
 
         Raises:
-            ValueError: no model can be built from ``cfg``; or the weights lack a part of it, or
-                hold what it has no place for.
+            ValueError: the config does not build a model, or the weights do not match it exactly.
         """
         weights = cfg.MODEL.WEIGHTS if weights is None else weights
         cfg = cfg.clone()
         cfg.defrost()
-        cfg.MODEL.WEIGHTS = ""  # stock would load any, whatever they lack
+        cfg.MODEL.WEIGHTS = ""  # the stock class ignores missing parameters
         with model_errors():
             super().__init__(cfg)
         if not weights:
-            logger.warning("No weights are given: the model has its initial, random values.")
+            logger.warning("No weights are given: the model keeps its random initial values.")
         StrictCheckpointer(self.model, complete=True).load(weights)
 
     def network_input(self, image: np.ndarray) -> dict[str, Any]:
-        """The input of ``model`` for an image, to run it without this class."""
+        """Return the input of ``model`` for an image, to run the model without this class."""
         height, width = image.shape[:2]
         if self.input_format == "RGB":
             image = image[:, :, ::-1]
@@ -54,8 +52,8 @@ class Predictor(engine.DefaultPredictor):
 
 @contextmanager
 def model_errors() -> Iterator[None]:
-    """Report a config that no model can be built from as a ``ValueError``."""
+    """Raise a ``ValueError`` for a config that no model can be built from."""
     try:
         yield
-    except (AssertionError, KeyError) as error:  # KeyError: a name that no registry knows
-        raise ValueError(f"no model can be built from the config: {error!r}") from error
+    except (AssertionError, KeyError) as error:  # KeyError: not in the registry
+        raise ValueError(f"the config does not build a model: {error!r}") from error

@@ -1,4 +1,4 @@
-"""A config's schedule for another batch size: learning rate, iterations and periods, linearly."""
+"""Scale a config's schedule linearly to another batch size."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ SCALED = ("SOLVER.BASE_LR", "SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.WARMUP_IT
 
 
 def scale_schedule(cfg: CfgNode, file_cfg: CfgNode, given: Collection[str]) -> None:
-    """Scale the schedule of a config in place, as ``DefaultTrainer.auto_scale_workers`` would.
+    """Scale the schedule of a config in place, as ``DefaultTrainer.auto_scale_workers`` does.
 
     Args:
-        cfg: the config with the new batch size.
-        file_cfg: the same without what the command line changes; its batch size is the one that
-            its schedule was made for.
-        given: keys on the command line, which keep their values.
+        cfg: config with the new batch size.
+        file_cfg: the config without command-line overrides, whose batch size matches its schedule.
+        given: keys given on the command line, which keep their values.
 
     Raises:
         ValueError: the batch size is that of the file, or detectron2 scales the config itself.
@@ -28,9 +27,8 @@ def scale_schedule(cfg: CfgNode, file_cfg: CfgNode, given: Collection[str]) -> N
     batch, file_batch = cfg.SOLVER.IMS_PER_BATCH, file_cfg.SOLVER.IMS_PER_BATCH
     if cfg.SOLVER.REFERENCE_WORLD_SIZE:
         raise ValueError(
-            "--scale-lr: SOLVER.REFERENCE_WORLD_SIZE is "
-            f"{cfg.SOLVER.REFERENCE_WORLD_SIZE}, with which detectron2 scales batch and schedule "
-            "by the number of processes; set it to 0"
+            "--scale-lr: SOLVER.REFERENCE_WORLD_SIZE must be 0, or detectron2 scales batch size "
+            f"and schedule by the number of processes, got {cfg.SOLVER.REFERENCE_WORLD_SIZE}"
         )
     if batch == file_batch or batch < 1:
         raise ValueError(
@@ -43,12 +41,12 @@ def scale_schedule(cfg: CfgNode, file_cfg: CfgNode, given: Collection[str]) -> N
     for key in set(SCALED) - set(given):
         value = _get(scaled, key)
         if key in PERIODS and _get(file_cfg, key):
-            value = max(1, value)  # 0 would mean never
+            value = max(1, value)  # 0 disables it
         cfg.merge_from_list([key, value])
 
 
 def schedule_table(cfg: CfgNode, file_cfg: CfgNode, given: Collection[str]) -> str:
-    """Lay out what :func:`scale_schedule` did, key by key."""
+    """Format the changes of :func:`scale_schedule` as a Markdown table."""
     lines = ["| key | config | yours | |", "|---|---:|---:|---|"]
     for key in (BATCH, *SCALED):
         note = " given" if key in given else ""

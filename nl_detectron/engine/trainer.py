@@ -1,4 +1,4 @@
-"""detectron2's trainer without its blind spots; subclasses say what it must know of a task."""
+"""detectron2's trainer with strict loading; subclasses add what is specific to a task."""
 
 from __future__ import annotations
 
@@ -26,38 +26,38 @@ class StrictTrainer(engine.DefaultTrainer):
     """``DefaultTrainer`` with a strict checkpointer, on GPUs or in several CPU processes.
 
     Attributes:
-        metrics: results to compare models by, such as ``{"bbox/AP": "box AP"}``: their names in
-            metrics.json, and what tables call them.
+        metrics: results to compare models by: dict from their names in metrics.json to their labels
+            in tables, such as ``{"bbox/AP": "box AP"}``.
     """
 
     metrics: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, cfg: CfgNode, **load_options: Any):
-        """See ``DefaultTrainer``; options are those of :class:`StrictCheckpointer`."""
+        """See ``DefaultTrainer``; ``load_options`` are passed to :class:`StrictCheckpointer`."""
         self.load_options = load_options
-        with _ddp_on(cfg.MODEL.DEVICE):
+        with _allow_ddp_on(cfg.MODEL.DEVICE):
             super().__init__(cfg)
 
     @classmethod
     def backbone_prefix(cls, model: nn.Module) -> str:
-        """Return what the names of the parameters begin with that a pretrained backbone has."""
+        """Return the prefix of the parameters that a pretrained backbone provides."""
         return ""
 
     @classmethod
     def model_metadata(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Return what is to be kept with the weights: lists, numbers and text, by name."""
+        """Return JSON-compatible metadata to store with the weights."""
         return {}
 
     @classmethod
     def build_checkpointer(
         cls, cfg: CfgNode, model: nn.Module, **options: Any
     ) -> StrictCheckpointer:
-        """Build a checkpointer of a model; options are those of :class:`StrictCheckpointer`."""
+        """Build the checkpointer of a model; options as in :class:`StrictCheckpointer`."""
         prefix = cls.backbone_prefix(model)
         return StrictCheckpointer(model, cfg.OUTPUT_DIR, backbone_prefix=prefix, **options)
 
     def build_hooks(self) -> list:
-        """Stock hooks, in the last step of ``__init__`` and the first that needs a checkpointer."""
+        """Build the stock hooks, the first step of ``__init__`` that needs the checkpointer."""
         self.checkpointer = self.build_checkpointer(
             self.cfg,
             self._trainer.model,
@@ -68,16 +68,16 @@ class StrictTrainer(engine.DefaultTrainer):
         return super().build_hooks()
 
     @classmethod
-    def rehearse(cls, cfg: CfgNode, resume: bool, **load_options: Any) -> nn.Module:
-        """Build the model and load its weights on the CPU, to see whether a training could start.
+    def dry_run(cls, cfg: CfgNode, resume: bool, **load_options: Any) -> nn.Module:
+        """Build the model and load its weights on the CPU, to find errors before training starts.
 
         Raises:
-            ValueError: it could not.
+            ValueError: the model cannot be built, or the weights do not fit.
         """
         cfg = cfg.clone()
         cfg.defrost()
         cfg.MODEL.DEVICE = "cpu"
-        logging.disable(logging.WARNING)  # the training will log all of it
+        logging.disable(logging.WARNING)  # training logs them again
         try:
             with model_errors():
                 model = cls.build_model(cfg)
@@ -88,7 +88,7 @@ class StrictTrainer(engine.DefaultTrainer):
         return model
 
 
-def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
+def setup_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Set up logging and seeds as detectron2 does, in every process."""
     engine.default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="nl_detectron")
@@ -96,11 +96,11 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _ddp_on(device: str) -> Iterator[None]:
-    """Within, ``DefaultTrainer`` can prepare a model on the CPU for several processes, too.
+def _allow_ddp_on(device: str) -> Iterator[None]:
+    """Let ``DefaultTrainer`` wrap a model on the CPU with ``DistributedDataParallel``.
 
-    It hands the local rank to ``DistributedDataParallel`` as a GPU number, which is refused there,
-    and leaves no other place to say so than the function that it calls.
+    It passes the local rank as a GPU index, which is an error on the CPU. The only way to change
+    that is to patch the function it calls.
     """
     stock = engine.defaults.create_ddp_model
     if device == "cpu":

@@ -1,4 +1,4 @@
-"""Lets the tests import `long_range`, which is not installed: the demo runs where it stands."""
+"""Let the tests import `long_range`, which is not installed."""
 
 import sys
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Train a detector with and without non-local blocks where only a far look tells objects apart.
+"""Train a detector with and without non-local blocks on a task that needs long-range context.
 
-Makes the data set, trains both on it alike, and prints their AP side by side.
+Generates the data set, trains both models on it under identical conditions, and prints their AP.
 """
 
 from __future__ import annotations
@@ -10,52 +10,56 @@ import logging
 import time
 from pathlib import Path
 
-from nl_detectron_cli.threads import let_threads_sleep
+from nl_detectron_cli.threads import limit_thread_spinning
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--seed", type=int, default=0, help="for data, weights and order")
-    parser.add_argument("--output", type=Path, default=Path("output/long_range"), help="folder")
-    parser.add_argument("--budget", type=float, default=1.0, help="iterations, times the config's")
-    parser.add_argument("--only", choices=("stock", "non_local"), help="train one of the two")
-    parser.add_argument("--keypoints", action="store_true", help="which end of a bar is its head?")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data, weights and image order")
+    parser.add_argument(
+        "--output", type=Path, default=Path("output/long_range"), help="output folder"
+    )
+    parser.add_argument(
+        "--budget", type=float, default=1.0, help="multiple of the config's iterations"
+    )
+    parser.add_argument("--only", choices=("stock", "non_local"), help="train only one of the two")
+    parser.add_argument("--keypoints", action="store_true", help="keypoints instead of instances")
     return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> None:
-    from long_range.comparison import draw_figure
-    from long_range.dataset import SPLIT_SIZES, register, write_dataset
+    from long_range.comparison import draw_predictions
+    from long_range.dataset import SPLIT_SIZES, register_dataset, write_dataset
     from long_range.training import AdamWTrainer, variant_config
 
-    from nl_detectron.engine.ablation import LABELS, draw_losses, score_table, train_and_evaluate
-    from nl_detectron.engine.console import mistakes_in_one_sentence
+    from nl_detectron.engine.ablation import VARIANTS, draw_losses, score_table, train_and_evaluate
+    from nl_detectron.engine.console import errors_without_traceback
 
     kind = "keypoints" if args.keypoints else "instances"
     seed_folder = args.output / f"seed{args.seed}"
     folder = seed_folder / f"{kind}_x{args.budget:g}"
-    with mistakes_in_one_sentence():
+    with errors_without_traceback():
         folder.mkdir(parents=True, exist_ok=True)
         configs = {
             variant: variant_config(
                 kind, variant, output=folder / variant, seed=args.seed, budget=args.budget
             )
-            for variant in ([args.only] if args.only else LABELS)
+            for variant in ([args.only] if args.only else VARIANTS)
         }
-    # detectron2 tells everything to this file, which leaves the terminal for the result.
+    # detectron2 logs to this file, which keeps the terminal for the results.
     logging.basicConfig(filename=folder / "log.txt", level=logging.INFO)
 
     for split, size in SPLIT_SIZES.items():
         data = seed_folder / "data" / f"{kind}_{split}"
         print(f"data: {data}", flush=True)
         write_dataset(data, kind, split, seed=args.seed, size=size)
-        register(data, kind, split)
+        register_dataset(data, kind, split)
 
     runs = {}
     for number, (variant, cfg) in enumerate(configs.items(), start=1):
-        label = LABELS[variant]
+        label = VARIANTS[variant]
         print(f"{label}, training {number} of {len(configs)}", flush=True)
         start = time.monotonic()
         runs[label] = train_and_evaluate(cfg, AdamWTrainer)
@@ -68,19 +72,19 @@ def main(args: argparse.Namespace) -> None:
     print(path)
     files = {
         label: folder / variant / "inference" / "coco_instances_results.json"
-        for variant, label in LABELS.items()
+        for variant, label in VARIANTS.items()
         if label in runs
     }
     for first in (0, 2, 4):
         path = folder / f"pictures{first // 2}.png"
-        draw_figure(path, data, files, (first, first + 1))
+        draw_predictions(path, data, files, (first, first + 1))
         print(path)
 
 
 if __name__ == "__main__":
     args = parse_args()
-    let_threads_sleep()
-    from nl_detectron.engine.console import quiet_detectron2
+    limit_thread_spinning()
+    from nl_detectron.engine.console import suppress_detectron2_warnings
 
-    with quiet_detectron2():
+    with suppress_detectron2_warnings():
         main(args)

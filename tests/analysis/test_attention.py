@@ -12,8 +12,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from nl_detectron import NonLocalBlock, ops
-from nl_detectron.analysis.attention import attention_map, record_attention, stride_of
-from nl_detectron.analysis.geometry import CellGrid
+from nl_detectron.analysis.attention import attention_map, block_stride, record_attention
+from nl_detectron.analysis.geometry import FeatureGrid
 from nl_detectron.non_local import find_blocks
 from tests import oracles, planted
 
@@ -99,7 +99,7 @@ class TestRecordAttention:
     def test_block_that_did_not_run(self):
         with record_attention(nn.Sequential(make())) as recordings:
             pass
-        with pytest.raises(RuntimeError, match="0 was not called while it was recorded"):
+        with pytest.raises(RuntimeError, match="0 was not called while recording"):
             recordings["0"].attention((0, 0))
 
 
@@ -130,10 +130,10 @@ def test_attention_is_the_rows_of_the_matrix(pairwise, dim, axes, subsample):
 @pytest.mark.parametrize(
     ("query", "message"),
     [
-        (((5, 0),), r"0: query \(5, 0\) is outside its map of size \(5, 7\)"),
+        (((5, 0),), r"0: query \(5, 0\) is outside the map of size \(5, 7\)"),
         (((0, -1),), r"query \(0, -1\) is outside"),
         (((0,),), r"query \(0,\) is outside"),
-        (((0, 0), 2), "sample 2 of a batch of 2"),
+        (((0, 0), 2), "sample must be from 0 to 1, got 2"),
     ],
 )
 def test_wrong_query(query, message):
@@ -145,10 +145,10 @@ def test_strides_are_the_features(detector):
     with record_attention(detector) as recordings:
         detector.backbone(torch.rand(1, 3, 64, 96))
     for name, stride in {RES[0]: 8, RES[2]: 16}.items():
-        assert stride_of(detector.backbone, recordings[name].block) == stride
+        assert block_stride(detector.backbone, recordings[name].block) == stride
         assert recordings[name].inputs[0].shape[2:] == (64 // stride, 96 // stride)
     with pytest.raises(ValueError, match="not in this backbone"):
-        stride_of(detector.backbone, recordings[HEAD[0]].block)
+        block_stride(detector.backbone, recordings[HEAD[0]].block)
 
 
 class TestPlantedPair:
@@ -169,7 +169,7 @@ class TestPlantedPair:
             predictor(planted.picture(red_box, blue_box))
         (recording,) = recordings.values()
         assert recording.last_input.shape[2:] == tuple(s // 16 for s in planted.PADDED_SIZE)
-        grid = CellGrid.of_stage(16, planted.SIZE, planted.INPUT_SIZE)
+        grid = FeatureGrid.for_stage(16, planted.SIZE, planted.INPUT_SIZE)
         attention = attention_map(recording, grid, planted.SIZE, *centre(red_box))
         assert_points_at(attention, blue_box)
 
@@ -185,14 +185,14 @@ class TestPlantedPair:
             model.inference([inputs], [given], do_postprocess=False)
         (recording,) = recordings.values()
         scale = torch.tensor([s / i for s, i in zip(planted.SIZE, planted.INPUT_SIZE)]).flip(0)
-        grid = CellGrid.of_roi((rois[1] * scale.repeat(2)).tolist(), (14, 14))
+        grid = FeatureGrid.for_roi((rois[1] * scale.repeat(2)).tolist(), (14, 14))
         attention = attention_map(recording, grid, planted.SIZE, *centre(red_box), sample=1)
         assert_points_at(attention, blue_box)
 
 
 def test_keys_are_cut_off_at_the_border_of_the_image():
     recording = record(make(), torch.rand(1, C, 5, 7))
-    attention = attention_map(recording, CellGrid(16.0, 16.0), (40, 60), 5.0, 5.0)
+    attention = attention_map(recording, FeatureGrid(16.0, 16.0), (40, 60), 5.0, 5.0)
     assert attention.in_image.tolist() == [[True] * 4 + [False] * 3] * 3 + [[False] * 7] * 2
     assert attention.boxes[2, 3].tolist() == [48, 32, 60, 40]
 
@@ -204,12 +204,12 @@ def test_planted_pair_in_another_frame():
         conv.weight.data.zero_()[0, channel] = 10
     x = torch.zeros(1, 2, 5, 7, 11)
     x[0, planted.RED, 1, 2, 3] = x[0, planted.BLUE, 4, 5, 8] = 1
-    grid = CellGrid(16.0, 16.0, frames=2)
+    grid = FeatureGrid(16.0, 16.0, frames=2)
     attention = attention_map(record(block, x), grid, (112, 176), 3.5 * 16, 2.5 * 16, frame=3)
     assert attention.query == (56.0, 40.0, 1)
     assert attention.weights.shape == (5, 3, 5)
-    key = attention.strongest(1)[0]
-    assert (*key.centre, key.frame) == (9 * 16, 5 * 16, 4)  # rows 4 and 5, columns 8 and 9
+    key = attention.topk(1)[0]
+    assert (*key.center, key.frame) == (9 * 16, 5 * 16, 4)  # rows 4 and 5, columns 8 and 9
     assert key.weight > 0.99
 
 

@@ -13,9 +13,9 @@ from matplotlib.text import Text
 from numpy.testing import assert_allclose
 from PIL import Image
 
-from nl_detectron.analysis.drawing.canvas import COLUMN, GAP, TWO_COLUMNS, Detection, Subject
-from nl_detectron.analysis.drawing.figures import draw_arrows, draw_heat_map, save_grid
-from nl_detectron.analysis.geometry import AttentionMap, CellGrid
+from nl_detectron.analysis.drawing.canvas import COLUMN, GAP, TWO_COLUMNS, Detection, FigureData
+from nl_detectron.analysis.drawing.figures import draw_arrows, draw_heat_map, save_image_grid
+from nl_detectron.analysis.geometry import AttentionMap, FeatureGrid
 
 HEIGHT, WIDTH = 40, 60
 SHIFT = WIDTH + GAP  # from one frame to the next
@@ -25,12 +25,12 @@ BOTH = pytest.mark.parametrize("draw", [draw_heat_map, draw_arrows])
 def subject(weights, query=(5.0, 7.0, 0), grid=None, frame=None, **kwargs):
     """Keys of 16 x 12 on black frames; the last column is all padding, the last row half."""
     weights = np.asarray(weights, dtype=float)
-    boxes = (grid or CellGrid(16.0, 12.0)).boxes(*weights.shape[1:])
+    boxes = (grid or FeatureGrid(16.0, 12.0)).boxes(*weights.shape[1:])
     if frame is None:
         frame = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
     height, width = frame.shape[:2]
     attention = AttentionMap(weights, boxes.clip(0, [width, height] * 2), query)
-    return Subject([frame] * len(weights), attention, **kwargs)
+    return FigureData([frame] * len(weights), attention, **kwargs)
 
 
 def keys(frames=1, **weights):
@@ -154,8 +154,8 @@ class TestHeatMap:
         assert [t.get_text() for t in figure.axes[0].texts] == ["t = 0", "t = 1", "t = 2"]
 
     def test_view_shows_a_part(self):
-        grid = CellGrid(2.0, 2.0, left=20.0, top=10.0)
-        figure = draw_heat_map(subject(keys(_0_0=1.0), grid=grid, view=(18.0, 8.0, 33.0, 20.0)))
+        grid = FeatureGrid(2.0, 2.0, left=20.0, top=10.0)
+        figure = draw_heat_map(subject(keys(_0_0=1.0), grid=grid, crop=(18.0, 8.0, 33.0, 20.0)))
         assert figure.axes[0].get_xlim() == (18, 33)
         assert figure.axes[0].get_ylim() == (20, 8)
         assert figure.axes[0].images[1].get_extent() == [20, 30, 18, 10]
@@ -201,7 +201,7 @@ def test_no_weight_at_all(draw):
 @BOTH
 def test_wrong_number_of_frames(draw):
     given = subject(keys(_1_2=0.5))
-    with pytest.raises(ValueError, match="2 frames, but the map has 1"):
+    with pytest.raises(ValueError, match="frame of the map, 1, got 2"):
         draw(given._replace(frames=given.frames * 2))
 
 
@@ -225,7 +225,7 @@ class TestArrows:
         assert_allclose(colours, [inferno(place) for place in places], atol=0.02)
 
     def test_flat_map_has_few_and_faint_ones(self):
-        grid = CellGrid(3.0, 3.0)
+        grid = FeatureGrid(3.0, 3.0)
         figure = draw_arrows(subject(np.full((1, 13, 20), 1 / 260), grid=grid))
         assert len(arrows(figure)) == 20
         assert legend(figure)[1] == "top 20 of 260 keys: 8% of the weight"
@@ -260,7 +260,7 @@ class TestLayout:
     TITLE = "backbone.bottom_up.res4.non_local4, query (84, 28)\n" + "long_name_" * 9 + ".png"
 
     @pytest.mark.parametrize(
-        ("height", "width", "frames", "view"),
+        ("height", "width", "frames", "crop"),
         [
             (40, 60, 1, None),
             (160, 576, 1, None),
@@ -271,12 +271,12 @@ class TestLayout:
         ],
     )
     @BOTH
-    def test_nothing_is_cropped_and_no_texts_meet(self, draw, height, width, frames, view):
+    def test_nothing_is_cropped_and_no_texts_meet(self, draw, height, width, frames, crop):
         weights = np.full((frames, 4, 5), -0.00123)
         weights[0, 1, 2] = 0.5
         frame = np.zeros((height, width, 3), dtype=np.uint8)
-        grid = CellGrid(width / 5, height / 4)
-        figure = draw(subject(weights, grid=grid, frame=frame, view=view, title=self.TITLE))
+        grid = FeatureGrid(width / 5, height / 4)
+        figure = draw(subject(weights, grid=grid, frame=frame, crop=crop, title=self.TITLE))
         pixels = rgb(figure)
         assert figure.get_figwidth() == (COLUMN if frames == 1 else TWO_COLUMNS)
         outer = [text.get_window_extent() for text in texts(figure)]
@@ -290,7 +290,7 @@ class TestLayout:
         parts.append(figure.legends[0].get_window_extent())
         for above, below in zip(parts, parts[1:]):
             assert above.y0 >= below.y1 - 1
-        x0, y0, x1, y1 = view or (0, 0, (width + GAP) * frames - GAP, height)
+        x0, y0, x1, y1 = crop or (0, 0, (width + GAP) * frames - GAP, height)
         assert image.width / image.height == pytest.approx((x1 - x0) / (y1 - y0))
 
     @BOTH
@@ -325,7 +325,7 @@ def test_grid(tmp_path):
     files = [tmp_path / f"{colour}.png" for colour in colours]
     for file, size in zip(files, [(30, 20), (30, 25), (30, 60), (28, 40)]):
         Image.new("RGB", size, file.stem).save(file)
-    save_grid(tmp_path / "grid.png", files, columns=2)
+    save_image_grid(tmp_path / "grid.png", files, columns=2)
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.size == (60, 25 + 60)
         assert grid.getpixel((0, 0)) == grid.getpixel((29, 19)) == (255, 0, 0)

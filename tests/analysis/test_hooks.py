@@ -12,7 +12,7 @@ from torch import nn
 from nl_detectron import NonLocalBlock
 from nl_detectron.analysis import detector_cost
 from nl_detectron.analysis.attention import record_attention
-from nl_detectron.analysis.detector_cost import Load, block_rows
+from nl_detectron.analysis.detector_cost import Workload, block_rows
 from nl_detectron.analysis.health import BlockHealthHook, watch_health
 
 
@@ -72,9 +72,9 @@ def test_hooks_are_taken_off(look, error):
 
 
 def test_cost(nl_cfg, monkeypatch):
-    model = detector_cost.build(nl_cfg)
+    model = detector_cost.build_meta_model(nl_cfg)
     before = hooks(model)
-    monkeypatch.setattr(detector_cost, "build", lambda cfg: model)
-    rows = list(block_rows(nl_cfg, Load((64, 96), 3, 2), batch_size=1))
+    monkeypatch.setattr(detector_cost, "build_meta_model", lambda cfg: model)
+    rows = list(block_rows(nl_cfg, Workload((64, 96), 3, 2), batch_size=1))
     assert any("non_local4" in row for row in rows)
     assert hooks(model) == before

@@ -47,7 +47,7 @@ def test_trains_and_compares_twins(custom_data, tmp_path):
     assert stock[0] == non_local[0]
     assert len(stock) == len(non_local) == 3
     assert stock[1:] != non_local[1:]
-    assert f"{stock[0]} in both, equal to the last bit" in done.stdout
+    assert f"{stock[0]} in both, bit for bit" in done.stdout
 
     table = [line.split() for line in done.stdout.splitlines()[-7:-3]]
     assert table[0] == ["box", "AP", "mask", "AP"]
@@ -71,7 +71,7 @@ def test_no_blocks(custom_data, tmp_path):
     arguments = ["--config-file", ROOT / "configs/Base-RCNN-FPN.yaml", "OUTPUT_DIR", tmp_path]
     arguments = [*custom_data_arguments(custom_data, "train"), *arguments, "DATASETS.TEST", "()"]
     args = ab.parse_args([str(argument) for argument in arguments])
-    with pytest.raises(SystemExit, match="Base-RCNN-FPN.yaml has no blocks to leave out"):
+    with pytest.raises(SystemExit, match="Base-RCNN-FPN.yaml has no blocks to compare"):
         launch(ab.compare, args, read_config, ab.check)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from nl_detectron_cli.arguments import argument_parser
+from nl_detectron_cli.arguments import training_parser
 
 
 def test_renamed_option(capsys):
-    parser = argument_parser("")
+    parser = training_parser("")
     with pytest.raises(SystemExit) as stop:
         parser.parse_args(["--config-file", "Base-RCNN-FPN.yaml", "--may-lack", "roi_heads"])
     assert stop.value.code == 2

@@ -86,7 +86,7 @@ class TestVisualizeAttention:
             assert grid.size == (4 * heat.width, heat.height)  # one row of two pairs
 
     def test_grid_has_no_empty_place(self):
-        columns = attention.columns
+        columns = attention.grid_columns
         by_pairs = {pairs: columns(2 * pairs) for pairs in (1, 2, 3, 4, 5, 6, 9)}
         assert by_pairs == {1: 2, 2: 4, 3: 6, 4: 4, 5: 2, 6: 6, 9: 6}
 
@@ -110,9 +110,11 @@ class TestVisualizeAttention:
                 parameter.zero_()
         torch.save(checkpoint, files / "model.pth")
         options = ["--joint", "2", "--output", files / "out", "--score-threshold", "0.6"]
-        with pytest.raises(SystemExit, match="nothing could be done with .*pair.png"):
+        with pytest.raises(SystemExit, match="no image of .*pair.png could be"):
             command("attention", "pair.png", *options)
-        message = "skipped .*pair.png: no detection of score 0.6 or more; the best has 0.50"
+        message = (
+            "skipped .*pair.png: no detection reaches --score-threshold 0.6; the highest is 0.50"
+        )
         assert re.search(message, capsys.readouterr().err)
         assert list((files / "out").iterdir()) == []
 
@@ -137,22 +139,27 @@ class TestVisualizeAttention:
             for joint in ("left_wrist", "1")
         )
         assert by_name.tolist() == by_index.tolist()
-        with pytest.raises(SystemExit, match="no joint 'nose'.* tip, left_wrist, c, d, e"):
+        with pytest.raises(
+            SystemExit, match="--joint must be .*tip, left_wrist, c, d, e.*, got 'nose'"
+        ):
             command("attention", "pair.png", *options, "nose")
 
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["--query", "173,5"], "--query 173,5 is outside the image of 173 x 101"),
+            (["--query", "173,5"], "--query 173,5 is outside the image, 173 x 101 pixels"),
             (["--query", "5,5", "--block", "res5.x"], "'res5.x'; it has backbone.bottom_up.res4."),
-            (["--joint", "nose"], "no joint 'nose'; the joints of the model: 0 to 4"),
+            (
+                ["--joint", "nose"],
+                "--joint must be one of the model's joints (0 to 4), got 'nose'",
+            ),
             (
                 ["--joint", "0", "MODEL.KEYPOINT_ON", "False"],
-                "no joint '0'; the joints of the model: none",
+                "--joint must be one of the model's joints (none), got '0'",
             ),
             (
                 ["--query", "30,5", "--block", "keypoint_head.*", "--score-threshold", "1"],
-                "--query 30,5 is in none of the 0 detections at or above --score-threshold",
+                "--query 30,5 is in none of the 0 detections that reach --score-threshold",
             ),
         ],
     )
@@ -166,13 +173,13 @@ class TestVisualizeAttention:
         ("options", "message"),
         [
             ([], "give at least one --query or --joint"),
-            (["--query", "30"], "argument --query: '30' is no X,Y, two whole numbers from 0"),
-            (["--query", "-5,20"], "argument --query: '-5,20' is no X,Y"),
-            (["--query", "5,x"], "argument --query: '5,x' is no X,Y"),
+            (["--query", "30"], "argument --query: must be X,Y, two non-negative integers"),
+            (["--query", "-5,20"], "320,240, got '-5,20'"),
+            (["--query", "5,x"], "320,240, got '5,x'"),
             (["--query"], "argument --query: expected one argument"),
             (
                 ["--joint", "0", "--score-threshold", "2"],
-                "--score-threshold must be within 0 and 1",
+                "argument --score-threshold: must be from 0 to 1",
             ),
         ],
     )
@@ -196,11 +203,11 @@ def test_no_arguments(tool, capsys):
 @pytest.mark.parametrize(
     ("image", "options", "message"),
     [
-        ("broken.png", [], "nothing could be done with .*broken.png"),
-        ("../empty", [], "empty holds no image"),
+        ("broken.png", [], "no image of .*broken.png could be"),
+        ("../empty", [], "empty contains no image"),
         ("pair.png", ["MODEL.NON_LOCAL.PAIRWIZE", "gaussian"], "did you mean MODEL.NON_LOCAL.PAIR"),
-        ("pair.png", ["MODEL.RESNETS.DEPTH", "101"], "weights .*model.pth: .* of another depth"),
-        ("pair.png", ["MODEL.BACKBONE.NAME", "none"], "no model can be built .*none"),
+        ("pair.png", ["MODEL.RESNETS.DEPTH", "101"], "weights .*model.pth: .* another depth"),
+        ("pair.png", ["MODEL.BACKBONE.NAME", "none"], "the config does not build a model: .*none"),
         (
             "pair.png",
             [
@@ -221,7 +228,7 @@ def test_mistakes(files, command, tool, image, options, message):
 def test_health_of_random_weights(command, capsys, caplog):
     command("health", "pair.png", "--weights", "", "MODEL.KEYPOINT_ON", "False")
     assert "1 images done, 0 skipped" in capsys.readouterr().out
-    assert "No weights are given: the model has its initial, random values." in caplog.messages
+    assert "No weights are given: the model keeps its random initial values." in caplog.messages
 
 
 def test_health(files, command, capsys):

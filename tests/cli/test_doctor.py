@@ -85,7 +85,7 @@ def test_torchvision_for_another_torch(shadow):
     shadow({"torchvision-0.1.dist-info/METADATA": text})
     (check,) = doctor.check_torchvision()
     assert check.state == "warning"
-    assert "asks for torch==1.0, but torch is" in check.found
+    assert "requires torch==1.0, but torch is" in check.found
 
 
 def test_compiled_part_that_does_not_load(shadow):
@@ -94,7 +94,7 @@ def test_compiled_part_that_does_not_load(shadow):
     shadow({"detectron2/__init__.py": real, "detectron2/_C.py": "raise ImportError('undefined x')"})
     (check,) = doctor.check_detectron2()
     assert check.state == "warning"
-    assert check.found.endswith("whose compiled part does not load: ImportError: undefined x")
+    assert check.found.endswith("whose compiled extension does not load: ImportError: undefined x")
     assert check.mend
 
 

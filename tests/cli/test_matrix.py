@@ -45,7 +45,7 @@ def test_whole_suite_is_recorded_once(suite, tmp_path):
     assert row["torch"] == torch.__version__.split("+")[0]
     assert row["python"] == f"{sys.version_info.major}.{sys.version_info.minor}"
     assert row["detectron2"].startswith(("v0.6", "main"))
-    lines = doctor.matrix([row]).splitlines()
+    lines = doctor.format_matrix([row]).splitlines()
     assert lines[0].split() == ["detectron2", "torch", "torchvision", "python", "platform"]
     assert " ".join(lines[1].split()) == " ".join(row.values())
 

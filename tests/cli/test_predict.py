@@ -18,7 +18,7 @@ from detectron2.modeling import build_model
 from pycocotools.coco import COCO
 
 from nl_detectron.config import load_config
-from nl_detectron.engine.coco.data_sets import take_numbers
+from nl_detectron.engine.coco.data_sets import set_num_classes
 from nl_detectron.engine.coco.files import register_coco_files
 from nl_detectron.engine.coco.trainer import CocoTrainer
 from nl_detectron.engine.predictor import Predictor
@@ -83,7 +83,7 @@ def test_folder_as_evaluated(predict, images, custom_data, weights, tmp_path, ca
     cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.1, 0.1]
     register_coco_files("custom_test", str(custom_data), str(images))
     cfg.DATASETS.TEST = ("custom_test",)
-    take_numbers(cfg, "custom_test")
+    set_num_classes(cfg, "custom_test")
     model = Predictor(cfg, str(weights)).model
     CocoTrainer.test(cfg, model)
     found = read(tmp_path / "new/found.json")
@@ -136,7 +136,7 @@ def test_stop_keeps_what_is_done(predict, images, tmp_path, capsys, number):
     interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         threading.Thread(target=stop_at_the_third, daemon=True).start()
-        with pytest.raises(SystemExit, match="stopped before the end; what was done is kept"):
+        with pytest.raises(SystemExit, match="stopped before the end; the results so far are kept"):
             predict(folder, "--output", pictures, "--json", found)
         assert signal.getsignal(signal.SIGTERM) is not_handled
     finally:
@@ -162,7 +162,7 @@ def test_images_of_one_id(predict, images, tmp_path, capsys):
         (tmp_path / name).write_bytes((images / "1.png").read_bytes())
     predict(tmp_path, "--output", tmp_path / "out")
     assert "2 images done" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="several images of the id 'a' for --json"):
+    with pytest.raises(SystemExit, match="unique id .* both have the id 'a'"):
         predict(tmp_path, "--json", tmp_path / "found.json")
 
 
@@ -195,7 +195,7 @@ class TestNamesWithTheWeights:
         other = tmp_path / "rods.json"
         other.write_text(json.dumps(content))
         options = (images, "--json", tmp_path / "found.json")
-        with pytest.raises(SystemExit, match="rods.json are not .*'rod' there, 'bar' in the model"):
+        with pytest.raises(SystemExit, match="rods.json do not .*'rod' there, 'bar' in the model"):
             predict(*options, weights=named, annotations=other)
         predict(*options, annotations=other)  # nothing is known with the weights
 
@@ -235,14 +235,14 @@ def test_mistakes(predict, images, weights, custom_data, tmp_path):
     text = tmp_path / "text.mp4"
     text.write_text("no video")
     refuse("lost.png", images / "lost.png")
-    refuse("holds no image", empty)
-    refuse("text.mp4 is no image .* no video", text)
+    refuse("contains no image", empty)
+    refuse("--input must be an image .* a video .*text.mp4", text)
     refuse("lost.pth not found", weights=tmp_path / "lost.pth")
-    refuse("text.mp4: this file does not hold tensors alone", weights=text)
+    refuse("text.mp4: the file holds other objects than tensors", weights=text)
     refuse("lost.yaml is neither a file nor in", config=tmp_path / "lost.yaml")
-    refuse("pictures there would replace", output=images)
-    refuse("out.mp4: pictures of images need a folder", output=tmp_path / "out.mp4")
-    refuse("folder .*text.mp4 cannot be made: File exists", images, "--json", text / "x.json")
+    refuse("would overwrite the input", output=images)
+    refuse("--output must be a folder .*out.mp4", output=tmp_path / "out.mp4")
+    refuse("folder .*text.mp4 cannot be created: File exists", images, "--json", text / "x.json")
     refuse("cannot be written: Is a directory", images, "--json", empty)
     refuse("lost.json does not exist", annotations=tmp_path / "lost.json")
     state = torch.load(weights)["model"]
@@ -251,6 +251,6 @@ def test_mistakes(predict, images, weights, custom_data, tmp_path):
     refuse("lacks .*res4.1.*another depth", weights=tmp_path / "shallow.pth")
     deep = {**state, "backbone.bottom_up.res4.2.conv1.weight": torch.zeros(1)}
     torch.save({"model": deep}, tmp_path / "deep.pth")
-    refuse("no place for: .*res4.2.conv1", weights=tmp_path / "deep.pth")
+    refuse("does not have: .*res4.2.conv1", weights=tmp_path / "deep.pth")
     stock = ("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone")
-    refuse("no place for: .*non_local0", images, *stock)
+    refuse("does not have: .*non_local0", images, *stock)

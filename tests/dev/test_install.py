@@ -51,7 +51,7 @@ def write(folder, files):
 
 @pytest.mark.parametrize("source", ["index", "upstream"])
 def test_dry_run_names_what_is_then_asked_of_pip(source, idle_installer, monkeypatch, capsys):
-    monkeypatch.setattr(idle_installer, "git_refusal", lambda: "")
+    monkeypatch.setattr(idle_installer, "git_error", lambda: "")
     idle_installer.main(["--source", source, "--dry-run"])
     plan = capsys.readouterr().out
     asked = []
@@ -186,21 +186,21 @@ def test_probe_tells_tag_from_newer_and_compiled_from_pure(
     }
     words = installer.describe(found)
     assert ("newer than" in words) == newer
-    assert ("without its compiled part" in words) != compiled
+    assert ("without its compiled extension" in words) != compiled
 
 
 @pytest.mark.slow
 def test_detectron2_of_this_environment_works(installer):
-    found, why_not = installer.find_detectron2()
-    assert found, why_not
+    found, reason = installer.find_detectron2()
+    assert found, reason
 
 
 def test_broken_detectron2_is_not_taken_for_a_working_one(installer, tmp_path, monkeypatch):
     write(tmp_path, {"detectron2.py": "raise AttributeError('np.bool is gone')"})
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    found, why_not = installer.find_detectron2()
+    found, reason = installer.find_detectron2()
     assert found is None
-    assert why_not == "AttributeError: np.bool is gone"
+    assert reason == "AttributeError: np.bool is gone"
 
 
 # --- packaging

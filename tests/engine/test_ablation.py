@@ -94,7 +94,7 @@ def test_starts_as_stock_detectron2_does(overfit_cfg):
 
 def test_random_seed_is_refused(overfit_cfg):
     overfit_cfg.SEED = -1
-    with pytest.raises(ValueError, match="SEED must be 0 or more.* got -1"):
+    with pytest.raises(ValueError, match="SEED must be at least 0.* got -1"):
         PairedCocoTrainer(overfit_cfg)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nl_detectron.engine.frames import Images, make_folder, open_frames, report_done
+from nl_detectron.engine.frames import Images, make_output_folder, open_frames, print_summary
 from tests.generated_coco import write_video
 
 
@@ -40,7 +40,7 @@ def test_folder(folder, capsys):
     assert np.abs(seen["c.JPG"][::-1, ::-1].astype(int) - seen["b.png"]).mean() < 3
     assert (len(images), images.skipped) == (4, 2)
     out, err = capsys.readouterr()
-    assert out == f"{folder}: images are read, but not those of its 1 subfolder(s)\n"
+    assert out == f"{folder}: ignoring 1 subfolder(s)\n"
     skipped = [line.split(":")[0] for line in err.splitlines()]
     assert skipped == [f"skipped {folder / name}" for name in ("a.png", "d.jpg")]
 
@@ -57,7 +57,7 @@ def test_image_that_is_refused(folder, capsys):
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(ValueError, match="holds no image"):
+    with pytest.raises(ValueError, match="contains no image"):
         Images(tmp_path)
     images = Images(tmp_path / "none.png")
     assert list(images) == []
@@ -66,11 +66,11 @@ def test_nothing_there(tmp_path):
 
 def test_ids(folder):
     (folder / "0139.bmp").touch()
-    images = Images(folder, known_ids={folder / "c.JPG": 5})
+    images = Images(folder, image_ids={folder / "c.JPG": 5})
     images.check_ids()
     assert [frame.image_id for frame in images] == ["b", 5]
-    with pytest.raises(ValueError, match=r"several images of the id 139 .*: 0139.bmp and a.png"):
-        Images(folder, known_ids={folder / "a.png": 139}).check_ids()
+    with pytest.raises(ValueError, match=r"0139.bmp and a.png both have the id 139"):
+        Images(folder, image_ids={folder / "a.png": 139}).check_ids()
 
 
 def test_same_name_before_the_suffix(folder):
@@ -78,7 +78,7 @@ def test_same_name_before_the_suffix(folder):
     images = Images(folder)
     stems = {frame.name: images.stem(frame) for frame in images}
     assert stems == {"b.jpg": "b.jpg", "b.png": "b.png", "c.JPG": "c"}
-    with pytest.raises(ValueError, match="several images of the id 'b' .*: b.jpg and b.png"):
+    with pytest.raises(ValueError, match="b.jpg and b.png both have the id 'b'"):
         images.check_ids()
 
 
@@ -102,7 +102,7 @@ def test_16_bits_are_scaled(tmp_path, name):
 def test_pixels_without_a_known_range(tmp_path, capsys):
     Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(tmp_path / "depth.tif")
     assert list(Images(tmp_path)) == []
-    assert "numbers without a known range (mode F)" in capsys.readouterr().err
+    assert "the range of its pixel values is unknown (mode F)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
@@ -121,20 +121,20 @@ class TestOutput:
     @pytest.mark.parametrize("name", ["out.mp4", "out.jpg"])
     def test_images_need_a_folder(self, folder, name):
         for source in (folder, folder / "b.png"):
-            with pytest.raises(ValueError, match=f"{name}: pictures of images need a folder"):
+            with pytest.raises(ValueError, match=f"must be a folder for .* got .*{name}"):
                 open_frames(str(source), folder / name)
         assert not (folder / name).exists()
         (folder / name).mkdir()
         open_frames(str(folder), folder / name)
 
     def test_what_is_read_is_not_replaced(self, folder, video):
-        with pytest.raises(ValueError, match="pictures there would replace what is read"):
+        with pytest.raises(ValueError, match="would overwrite the input"):
             Images(folder / "b.png", output=folder / "x" / "..")
         video = video.rename(video.with_suffix(".mp4"))
         for output in (video, video.parent):
-            with pytest.raises(ValueError, match="the video there would replace what is read"):
+            with pytest.raises(ValueError, match="would overwrite the input"):
                 open_frames(str(video), output)
-        with pytest.raises(ValueError, match="out.mov: videos are written as .mp4 alone"):
+        with pytest.raises(ValueError, match="or an .mp4 file .*out.mov"):
             open_frames(str(video), video.parent / "out.mov")
 
     @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ class TestOutput:
         assert drawn.read()[1].shape == (64, 96, 3)
         assert drawn.get(cv2.CAP_PROP_FPS) == 5
         (line,) = [line for line in capsys.readouterr().err.splitlines() if "browsers" in line]
-        assert line.startswith(f"{video.parent / file} is MPEG-4 part 2")
+        assert line.startswith(f"{video.parent / file} is MPEG-4 Part 2")
 
     def test_what_cannot_be_written(self, folder):
         images = Images(folder / "b.png", output=folder / "out")
@@ -158,12 +158,12 @@ class TestOutput:
         (folder / "out").rmdir()
         with pytest.raises(OSError, match=r"cannot write .*out.b\.png"):
             images.write(frame, frame.image)
-        with pytest.raises(OSError, match=r"folder .*notes.txt cannot be made: File exists"):
-            make_folder(folder / "notes.txt")
+        with pytest.raises(OSError, match=r"folder .*notes.txt cannot be created: File exists"):
+            make_output_folder(folder / "notes.txt")
 
 
 def test_report(capsys):
-    report_done("photos", 2, 3)
-    with pytest.raises(SystemExit, match="nothing could be done with photos"):
-        report_done("photos", 0, 3)
+    print_summary("photos", 2, 3)
+    with pytest.raises(SystemExit, match="no image of photos could be"):
+        print_summary("photos", 0, 3)
     assert capsys.readouterr().out == "2 images done, 3 skipped\n0 images done, 3 skipped\n"

@@ -15,8 +15,8 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import build_model
 
 from nl_detectron.config import load_config
-from nl_detectron.engine.console import mistakes_in_one_sentence, quiet_detectron2
-from nl_detectron.engine.launch import share_cores
+from nl_detectron.engine.console import errors_without_traceback, suppress_detectron2_warnings
+from nl_detectron.engine.launch import limit_threads
 from nl_detectron_cli import train
 from tests.running import NO_GPU, QUICK, ROOT, TINY, custom_data_arguments, launched
 
@@ -65,10 +65,13 @@ class TestMistakes:
             ("MODEL.NON_LOCAL.PAIRWISE dot", "pairwise.*embedded_gaussian.*'dot'"),
             ("MODEL.NON_LOCAL.PAIRWIZE gaussian", "did you mean MODEL.NON_LOCAL.PAIRWISE?"),
             ("MODEL.NON_LOCAL.REDUCTION two", "two.* MODEL.NON_LOCAL.REDUCTION"),
-            ("MODEL.BACKBONE.NAME build_resnet_fpn", "no model can be built .*'build_resnet_fpn'"),
-            ("MODEL.RESNETS.DEPTH 51", "no model can be built .*51"),
+            (
+                "MODEL.BACKBONE.NAME build_resnet_fpn",
+                "does not build a model: .*'build_resnet_fpn'",
+            ),
+            ("MODEL.RESNETS.DEPTH 51", "the config does not build a model: .*51"),
             ("MODEL.WEIGHTS lost.pth", "weights lost.pth: .*not found"),
-            (f"MODEL.WEIGHTS {__file__}", "weights .*test_launch.py: this file does not"),
+            (f"MODEL.WEIGHTS {__file__}", "weights .*test_launch.py: the file holds other objects"),
             ("MODEL.WEIGHTS r34.pth", "weights r34.pth: the checkpoint holds .*another depth"),
             (f"OUTPUT_DIR {__file__}/output", "OUTPUT_DIR .*output cannot be written to"),
             ("--num-processes 3", "SOLVER.IMS_PER_BATCH must be a multiple .* 3; got 2"),
@@ -78,12 +81,12 @@ class TestMistakes:
             (f"--config-file {ROOT}/LICENSE", "LICENSE is not a YAML config"),
             pytest.param(
                 "--num-gpus 8",
-                "--num-gpus 8: there is no CUDA device, .* --num-processes 8",
+                "--num-gpus 8 needs CUDA devices, .* --num-processes 8",
                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs no CUDA device"),
             ),
             pytest.param(
                 "--num-gpus 99",
-                "--num-gpus 99: this machine has . CUDA devices",
+                "--num-gpus must be at most .* got 99",
                 marks=[pytest.mark.gpu, NO_GPU],
             ),
         ],
@@ -108,9 +111,9 @@ class TestMistakes:
         assert not caplog.records
 
     def test_faults_of_the_code_keep_their_traceback(self, tmp_path):
-        with pytest.raises(KeyError), mistakes_in_one_sentence():
+        with pytest.raises(KeyError), errors_without_traceback():
             _ = {}["fault"]
-        with pytest.raises(SystemExit, match="lost.json: No such file"), mistakes_in_one_sentence():
+        with pytest.raises(SystemExit, match="lost.json: No such file"), errors_without_traceback():
             (tmp_path / "lost.json").read_text()
 
 
@@ -130,7 +133,7 @@ class TestProcesses:
         monkeypatch.setenv(given, "3")
         before = torch.get_num_threads()
         torch.set_num_threads(3)
-        share_cores(2)
+        limit_threads(2)
         after = torch.get_num_threads()
         torch.set_num_threads(before)
         assert after == 3
@@ -141,5 +144,5 @@ class TestProcesses:
     [(FutureWarning, "`torch.load` is deprecated"), (UserWarning, "torch.meshgrid: something")],
 )
 def test_other_warnings_are_shown(category, text):
-    with pytest.warns(category, match=text), quiet_detectron2():
+    with pytest.warns(category, match=text), suppress_detectron2_warnings():
         warnings.warn(text, category, stacklevel=1)

@@ -17,8 +17,8 @@ from nl_detectron import NonLocalBlock
 from nl_detectron.config import STOCK_BUILDERS, without_blocks
 from nl_detectron.engine.ablation import PairedTrainer, score_table, train_and_evaluate
 from nl_detectron.engine.launch import launch
-from nl_detectron.engine.trainer import StrictTrainer, start_run
-from nl_detectron_cli.arguments import argument_parser
+from nl_detectron.engine.trainer import StrictTrainer, setup_run
+from nl_detectron_cli.arguments import training_parser
 from tests.running import ROOT
 
 IMAGES = torch.randn(8, 3, 5, 7, generator=torch.Generator().manual_seed(0))
@@ -104,26 +104,26 @@ def test_weights_of_the_backbone_alone(toy_cfg, tmp_path):
     toy_cfg.MODEL.WEIGHTS = str(tmp_path / "backbone.pth")
     state = {f"backbone.conv.{name}": x for name, x in nn.Conv2d(3, 6, 3).state_dict().items()}
     torch.save({"model": state}, toy_cfg.MODEL.WEIGHTS)
-    model = ToyTrainer.rehearse(toy_cfg, resume=False)
+    model = ToyTrainer.dry_run(toy_cfg, resume=False)
     assert torch.equal(model.backbone.conv.weight, state["backbone.conv.weight"])
     del state["backbone.conv.weight"]
     torch.save({"model": state}, toy_cfg.MODEL.WEIGHTS)
     with pytest.raises(ValueError, match=r"lacks .*backbone\.conv\.weight"):
-        ToyTrainer.rehearse(toy_cfg, resume=False)
+        ToyTrainer.dry_run(toy_cfg, resume=False)
 
 
 def test_launched_and_resumed(toy_cfg):
-    args = argument_parser("").parse_args(["--config-file", "Base-RCNN-FPN.yaml", "--resume"])
+    args = training_parser("").parse_args(["--config-file", "Base-RCNN-FPN.yaml", "--resume"])
     trainers, stock = [], engine.defaults.create_ddp_model
 
     def train(args):
-        start_run(toy_cfg, args)
+        setup_run(toy_cfg, args)
         trainers.append(ToyTrainer(toy_cfg))
         trainers[-1].resume_or_load(resume=args.resume)
         trainers[-1].train()
 
     for toy_cfg.SOLVER.MAX_ITER in (2, 5):
-        launch(train, args, lambda args: toy_cfg, lambda args, cfg: ToyTrainer.rehearse(cfg, True))
+        launch(train, args, lambda args: toy_cfg, lambda args, cfg: ToyTrainer.dry_run(cfg, True))
     assert [(trainer.start_iter, trainer.iter) for trainer in trainers] == [(0, 2), (2, 5)]
     assert engine.defaults.create_ddp_model is stock  # which the trainer replaces for a moment
 

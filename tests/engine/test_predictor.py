@@ -25,7 +25,7 @@ def test_weights(given, nl_cfg, tmp_path):
     assert nl_cfg.MODEL.WEIGHTS == ("" if given else path)
 
     torch.save({"model": {k: v for k, v in state.items() if "bottom_up" in k}}, path)
-    message = "weights .*model.pth: the checkpoint lacks .* A backbone alone is not enough"
+    message = "weights .*model.pth: the checkpoint lacks .* A backbone is not enough"
     with pytest.raises(ValueError, match=message):
         Predictor(nl_cfg, path)
 

@@ -74,7 +74,7 @@ def test_periods_do_not_become_never():
         (["SOLVER.IMS_PER_BATCH", "0"], "IMS_PER_BATCH must be given, .* got 0"),
         (
             ["SOLVER.IMS_PER_BATCH", "4", "SOLVER.REFERENCE_WORLD_SIZE", "8"],
-            "SOLVER.REFERENCE_WORLD_SIZE is 8, with which detectron2 scales",
+            "SOLVER.REFERENCE_WORLD_SIZE must be 0.* got 8",
         ),
     ],
 )

@@ -1,7 +1,7 @@
-"""What all figures of attention have in common: title, image, colour bar and legend.
+"""The layout that all figures of attention share: title, image, color bar and legend.
 
-A figure of an image is as wide as a column of text, that of a clip, whose frames stand side by
-side, as two; both are meant to be included as they are.
+Figures are sized for inclusion in a paper: one text column wide for an image, two for a clip, whose
+frames are drawn side by side.
 """
 
 from __future__ import annotations
@@ -17,121 +17,131 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
-from nl_detectron.analysis.drawing.colors import WeightScale
+from nl_detectron.analysis.drawing.colors import ColorScale
 from nl_detectron.analysis.geometry import AttentionMap
 
 Box = tuple[float, float, float, float]
 
-COLUMN, TWO_COLUMNS, TALLEST = 3.25, 6.75, 3.4  # inches: widths of figures, height of an image
-MARGIN, LINE, BAR = 0.06, 0.125, 0.07  # inches: around all, of a line of text, of the colour bar
+COLUMN, TWO_COLUMNS, MAX_HEIGHT = 3.25, 6.75, 3.4  # inches: figure widths, image height
+MARGIN, LINE, BAR = 0.06, 0.125, 0.07  # inches: outer margin, height of a text line and color bar
 FONT_SIZE, DPI = 7, 300
-GAP = 8  # pixels of the image between frames
+GAP = 8  # image pixels between frames
 QUERY = "#3fd0ff"
 HALO = [withStroke(linewidth=2, foreground="black")]
 
 
 class Detection(NamedTuple):
-    """What is drawn of a detection.
+    """A detection to draw.
 
     Attributes:
         box: x0, y0, x1, y1 in the original image.
-        label: its class and score.
+        label: class and score.
     """
 
     box: Box
     label: str
 
 
-class Subject(NamedTuple):
-    """What a figure is about.
+class FigureData(NamedTuple):
+    """The contents of a figure.
 
     Attributes:
         frames: T images (H, W, 3), uint8 in RGB; T = 1 for an image.
         attention: the map to draw.
         title: names the block, the query and the image.
-        detection: to be outlined.
-        view: x0, y0, x1, y1 of the part of the image to draw; without it, the whole image.
+        detection: detection to outline.
+        crop: x0, y0, x1, y1 of the region to draw; default: the whole image.
     """
 
     frames: Sequence[np.ndarray]
     attention: AttentionMap
     title: str = ""
     detection: Detection | None = None
-    view: Box | None = None
+    crop: Box | None = None
 
 
 class Canvas:
-    """A figure to draw attention into.
+    """A figure to draw attention on.
 
     Attributes:
         figure: the figure.
-        axes: where the frames are, in pixels of the image; frame t begins at ``left_of(t)``.
+        axes: the axes that hold the frames, in pixels of the image; frame t starts at
+            ``frame_left(t)``.
     """
 
-    def __init__(self, subject: Subject, scale: WeightScale):
-        """Lay out the figure, and draw the title, the frames and the colour bar.
+    def __init__(self, data: FigureData, scale: ColorScale):
+        """Lay out the figure, and draw the title, the frames and the color bar.
 
         Args:
-            subject: what the figure is about.
-            scale: of the colour bar.
+            data: contents of the figure.
+            scale: color scale of the attention weights.
 
         Raises:
-            ValueError: the map has another number of frames.
+            ValueError: ``data.frames`` does not match the number of frames of the map.
         """
-        frames, attention = subject.frames, subject.attention
+        frames, attention = data.frames, data.attention
         if len(frames) != len(attention.weights):
-            raise ValueError(f"{len(frames)} frames, but the map has {len(attention.weights)}")
-        self._subject = subject
+            raise ValueError(
+                f"frames must have one image per frame of the map, {len(attention.weights)}, "
+                f"got {len(frames)}"
+            )
+        self._data = data
         height, width = frames[0].shape[:2]
-        x0, y0, x1, y1 = subject.view or (0, 0, self.left_of(len(frames)) - GAP, height)
+        x0, y0, x1, y1 = data.crop or (0, 0, self.frame_left(len(frames)) - GAP, height)
         column = COLUMN if len(frames) == 1 else TWO_COLUMNS
-        self._inches = inches = min((column - 2 * MARGIN) / (x1 - x0), TALLEST / (y1 - y0))
+        inches = min((column - 2 * MARGIN) / (x1 - x0), MAX_HEIGHT / (y1 - y0))
+        self._inches_per_pixel = inches
         lines = [
             part
-            for line in subject.title.splitlines()
+            for line in data.title.splitlines()
             for part in textwrap.wrap(line, int((column - 2 * MARGIN) * 72 / (0.62 * FONT_SIZE)))
         ]
         image_top = 1.5 * MARGIN + LINE * len(lines)
         bar_top = image_top + inches * (y1 - y0) + MARGIN
-        legend_top = bar_top + BAR + 2.4 * LINE  # its ticks and its label
-        whole = legend_top + LINE + MARGIN
-        self.figure = Figure(figsize=(column, whole), dpi=DPI)
+        legend_top = bar_top + BAR + 2.4 * LINE  # ticks and label
+        figure_height = legend_top + LINE + MARGIN
+        self.figure = Figure(figsize=(column, figure_height), dpi=DPI)
 
-        def axes_at(top: float, height: float, part: float = 1.0) -> Axes:
-            width = part * inches * (x1 - x0) / column
-            bottom = (whole - top - height) / whole
-            return self.figure.add_axes(((1 - width) / 2, bottom, width, height / whole))
+        def axes_at(top: float, height: float, share: float = 1.0) -> Axes:
+            width = share * inches * (x1 - x0) / column
+            bottom = (figure_height - top - height) / figure_height
+            return self.figure.add_axes(((1 - width) / 2, bottom, width, height / figure_height))
 
         self.axes = axes_at(image_top, inches * (y1 - y0))
         self.axes.set_axis_off()
         for t, frame in enumerate(frames):
-            extent = (self.left_of(t), self.left_of(t) + width, height, 0)
+            extent = (self.frame_left(t), self.frame_left(t) + width, height, 0)
             self.axes.imshow(frame, extent=extent, cmap="gray", vmin=0, vmax=255)
             if len(frames) > 1:
-                self._label(self.left_of(t), 0, f"t = {t}", "left", "top")
+                self._label(self.frame_left(t), 0, f"t = {t}", "left", "top")
         self.axes.set(xlim=(x0, x1), ylim=(y1, y0), aspect="auto")
-        scale.draw_bar(axes_at(bar_top, BAR, part=0.9), FONT_SIZE)  # room for its outer ticks
+        scale.draw_bar(axes_at(bar_top, BAR, share=0.9), FONT_SIZE)  # room for the outer ticks
         self.figure.text(
-            0.5, 1 - MARGIN / whole, "\n".join(lines), ha="center", va="top", fontsize=FONT_SIZE
+            0.5,
+            1 - MARGIN / figure_height,
+            "\n".join(lines),
+            ha="center",
+            va="top",
+            fontsize=FONT_SIZE,
         )
-        self._legend_at = (0.5, 1 - legend_top / whole)
+        self._legend_at = (0.5, 1 - legend_top / figure_height)
 
-    def left_of(self, t: int) -> int:
-        """The x at which frame t begins."""
-        return t * (self._subject.frames[0].shape[1] + GAP)
+    def frame_left(self, t: int) -> int:
+        """Return the x coordinate of the left edge of frame t."""
+        return t * (self._data.frames[0].shape[1] + GAP)
 
     def outline(self, box: Sequence[float], t: int, color: str) -> Rectangle:
-        """Outline a box of frame t."""
+        """Outline a box in frame t."""
         x0, y0, x1, y1 = box
         outline = Rectangle(
-            (x0 + self.left_of(t), y0),
+            (x0 + self.frame_left(t), y0),
             x1 - x0,
             y1 - y0,
             fill=False,
             edgecolor=color,
             linewidth=1,
             path_effects=HALO,
-            clip_on=False,  # whole also at the border of the image
+            clip_on=False,  # keep the full line width at the image border
         )
         self.axes.add_patch(outline)
         return outline
@@ -140,20 +150,22 @@ class Canvas:
         """Draw the detection, the query and the legend, and return the figure.
 
         Args:
-            legend: what is drawn in addition, by what it is.
+            legend: dict from labels to the artists drawn in addition.
         """
-        x, y, t = self._subject.attention.query
-        if detection := self._subject.detection:
+        x, y, t = self._data.attention.query
+        if detection := self._data.detection:
             self.outline(detection.box, t, QUERY)
             x0, y0, x1, _ = detection.box
-            # Above the box; in it, or from its right side, where the image would end before.
+            # Above the box; inside it, or right-aligned, if there is not enough room.
             left, right = self.axes.get_xlim()
             top = self.axes.get_ylim()[1]
-            ha = "right" if x0 + x1 + 2 * self.left_of(t) > left + right else "left"
-            va = "bottom" if (y0 - top) * self._inches > LINE else "top"
-            self._label((x0 if ha == "left" else x1) + self.left_of(t), y0, detection.label, ha, va)
+            ha = "right" if x0 + x1 + 2 * self.frame_left(t) > left + right else "left"
+            va = "bottom" if (y0 - top) * self._inches_per_pixel > LINE else "top"
+            self._label(
+                (x0 if ha == "left" else x1) + self.frame_left(t), y0, detection.label, ha, va
+            )
         (query,) = self.axes.plot(
-            x + self.left_of(t), y, "o", ms=5, mfc=QUERY, mec="black", mew=0.8, zorder=9, ls=""
+            x + self.frame_left(t), y, "o", ms=5, mfc=QUERY, mec="black", mew=0.8, zorder=9, ls=""
         )
         legend = {"query": query, **legend}
         self.figure.legend(
@@ -173,7 +185,7 @@ class Canvas:
         return self.figure
 
     def _label(self, x: float, y: float, text: str, ha: str, va: str) -> None:
-        """Write text at a point of the image, which is its ``ha`` and ``va`` end."""
+        """Write text whose ``ha`` and ``va`` corner is at x, y."""
         self.axes.annotate(
             text,
             (x, y),

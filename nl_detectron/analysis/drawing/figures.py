@@ -1,4 +1,4 @@
-"""Figures of attention for a paper: a heat map over the image, and the arrows of Figure 3."""
+"""Draw attention as a heat map over the image, or as arrows like Figure 3 of the paper."""
 
 from __future__ import annotations
 
@@ -11,86 +11,86 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from PIL import Image
 
-from nl_detectron.analysis.drawing.canvas import Canvas, Subject
-from nl_detectron.analysis.drawing.colors import WeightScale
+from nl_detectron.analysis.drawing.canvas import Canvas, FigureData
+from nl_detectron.analysis.drawing.colors import ColorScale
 
-MOST_ARROWS, ENOUGH = 20, 0.9  # arrows: at most, and the share of the weight at which they end
-SAMPLES = 16  # along a side of a key in a heat map
+MAX_ARROWS, WEIGHT_SHARE = 20, 0.9  # stop at this number, or at this share of the total weight
+SAMPLES = 16  # per side of a key in a heat map
 
 
-def draw_heat_map(subject: Subject, *, smooth: bool = True) -> Figure:
-    """Draw the weights as colours over the grey image, and outline the strongest key.
+def draw_heat_map(data: FigureData, *, smooth: bool = True) -> Figure:
+    """Draw the weights as colors over the gray image, and outline the strongest key.
 
-    What is interpolated, bilinearly between the centres of the keys, is the place of a weight on
-    the logarithmic colour scale; beyond the outermost centres it is constant.
+    Interpolation is bilinear between the centers of the keys, on the logarithmic color scale.
+    Outside the outermost centers the values are constant.
 
     Args:
-        subject: what to draw.
-        smooth: interpolate; otherwise every key is a rectangle of one colour.
+        data: contents of the figure.
+        smooth: interpolate; otherwise each key is a rectangle of one color.
 
     Raises:
-        ValueError: the map has another number of frames.
+        ValueError: ``data.frames`` does not match the number of frames of the map.
     """
-    attention = subject.attention
-    scale = WeightScale.of(attention)
-    canvas = Canvas(subject._replace(frames=[_grey(frame) for frame in subject.frames]), scale)
+    attention = data.attention
+    scale = ColorScale.from_attention(attention)
+    canvas = Canvas(data._replace(frames=[_to_gray(frame) for frame in data.frames]), scale)
     rows, columns = attention.in_image.any(axis=1), attention.in_image.any(axis=0)
     boxes = attention.boxes[rows][:, columns]
     (left, top), (right, bottom) = boxes[0, 0, :2], boxes[-1, -1, 2:]
     for t, weights in enumerate(attention.weights[:, rows][:, :, columns]):
-        level = _resampled(scale.level(weights).T, boxes[:, 0, 1::2], smooth).T
-        level = _resampled(level, boxes[0, :, ::2], smooth)
-        x = canvas.left_of(t)
+        values = _resample(scale.normalize(weights).T, boxes[:, 0, 1::2], smooth).T
+        values = _resample(values, boxes[0, :, ::2], smooth)
+        x = canvas.frame_left(t)
         extent = (x + left, x + right, bottom, top)
         canvas.axes.imshow(
-            scale.cmap(level),
+            scale.cmap(values),
             extent=extent,
             aspect="auto",
             interpolation="bilinear" if smooth else "nearest",
         )
-    key = attention.strongest(1)[0]
+    key = attention.topk(1)[0]
     outline = canvas.outline(key.box, key.frame, "white")
     return canvas.finish({f"strongest key, weight {key.weight:.2g}": outline})
 
 
-def draw_arrows(subject: Subject) -> Figure:
-    """Draw arrows from the query to the centres of the keys with the largest weights (Figure 3).
+def draw_arrows(data: FigureData) -> Figure:
+    """Draw arrows from the query to the centers of the keys with the largest weights (Figure 3).
 
-    The strongest keys in the image get one until they hold nine tenths of all weight, twenty at
-    most; the legend says how many they are and what they hold. Width and opacity of an arrow grow
-    with the root of its share of all weight, so that those of a flat map are faint. Where weights
-    have signs, their absolute values count.
+    Arrows are drawn to the strongest keys in the image until they hold 90% of the total weight, but
+    at most 20; the legend gives their number and share. The width and opacity of an arrow grow with
+    the square root of its share, so arrows of a flat map are faint. Negative weights count by their
+    absolute value.
 
     Args:
-        subject: what to draw.
+        data: contents of the figure.
 
     Raises:
-        ValueError: the map has another number of frames.
+        ValueError: ``data.frames`` does not match the number of frames of the map.
     """
-    attention = subject.attention
-    scale = WeightScale.of(attention, opaque=True)
-    whole = float(np.abs(attention.weights).sum())
-    keys, held = [], 0.0
-    for key in attention.strongest(MOST_ARROWS):
-        if held >= ENOUGH or key.weight == 0:
+    attention = data.attention
+    scale = ColorScale.from_attention(attention, opaque=True)
+    total = float(np.abs(attention.weights).sum())
+    keys, covered = [], 0.0
+    for key in attention.topk(MAX_ARROWS):
+        if covered >= WEIGHT_SHARE or key.weight == 0:
             break
         keys.append(key)
-        held += abs(key.weight) / whole
-    canvas = Canvas(subject, scale)
+        covered += abs(key.weight) / total
+    canvas = Canvas(data, scale)
     x, y, query_frame = attention.query
     for key in reversed(keys):  # the strongest on top
-        key_x, key_y = key.centre
-        strength = np.sqrt(abs(key.weight) / whole)
+        key_x, key_y = key.center
+        strength = np.sqrt(abs(key.weight) / total)
         width, opacity = 0.4 + 1.6 * strength, 0.25 + 0.75 * strength
         halo = withStroke(linewidth=width + 0.8, foreground="black", alpha=0.3 * opacity)
         canvas.axes.annotate(
             "",
-            (key_x + canvas.left_of(key.frame), key_y),
-            (x + canvas.left_of(query_frame), y),
+            (key_x + canvas.frame_left(key.frame), key_y),
+            (x + canvas.frame_left(query_frame), y),
             arrowprops={
                 "arrowstyle": "-|>,head_length=0.4,head_width=0.2",
                 "mutation_scale": 5 + 7 * strength,
-                "color": scale.cmap(scale.level(np.array(key.weight)))[:3],
+                "color": scale.cmap(scale.normalize(np.array(key.weight)))[:3],
                 "linewidth": width,
                 "alpha": opacity,
                 "path_effects": [halo],
@@ -99,44 +99,44 @@ def draw_arrows(subject: Subject) -> Figure:
             },
         )
     handle = Line2D([], [], color="0.3", linewidth=1.5, marker=">", markersize=3)
-    statement = f"top {len(keys)} of {attention.weights.size} keys: {held:.0%} of the weight"
+    statement = f"top {len(keys)} of {attention.weights.size} keys: {covered:.0%} of the weight"
     return canvas.finish({statement: handle})
 
 
-def save_grid(path: Path, files: Sequence[Path], columns: int) -> None:
-    """Put picture files into one, row by row, each in its own size.
+def save_image_grid(path: Path, files: Sequence[Path], columns: int) -> None:
+    """Tile image files into one image, row by row, without resizing.
 
     Args:
         path: file to write.
-        files: pictures.
-        columns: pictures in a row.
+        files: images to tile.
+        columns: images per row.
     """
-    pictures = [Image.open(file).convert("RGB") for file in files]
-    rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
-    width = max(picture.width for picture in pictures)
-    heights = [max(picture.height for picture in row) for row in rows]
-    grid = Image.new("RGB", (min(columns, len(pictures)) * width, sum(heights)), "white")
+    images = [Image.open(file).convert("RGB") for file in files]
+    rows = [images[i : i + columns] for i in range(0, len(images), columns)]
+    width = max(image.width for image in images)
+    heights = [max(image.height for image in row) for row in rows]
+    grid = Image.new("RGB", (min(columns, len(images)) * width, sum(heights)), "white")
     for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            grid.paste(picture, (j * width, sum(heights[:i])))
+        for j, image in enumerate(row):
+            grid.paste(image, (j * width, sum(heights[:i])))
     grid.save(path)
 
 
-def _grey(frame: np.ndarray) -> np.ndarray:
-    """A grey image (H, W) of less contrast, so that colours over it can be told apart."""
+def _to_gray(frame: np.ndarray) -> np.ndarray:
+    """Convert to a gray image (H, W) with reduced contrast, so that overlaid colors stand out."""
     return 30 + 0.7 * frame @ [0.299, 0.587, 0.114]
 
 
-def _resampled(level: np.ndarray, spans: np.ndarray, smooth: bool) -> np.ndarray:
-    """Values of keys at ``SAMPLES`` points per key along the last axis.
+def _resample(values: np.ndarray, spans: np.ndarray, smooth: bool) -> np.ndarray:
+    """Resample the values of keys to ``SAMPLES`` points per key along the last axis.
 
     Args:
-        level: (..., K).
-        spans: where each key begins and ends; (K, 2).
-        smooth: whether to interpolate linearly between their centres.
+        values: (..., K).
+        spans: start and end of each key; (K, 2).
+        smooth: interpolate linearly between the centers of the keys.
     """
     points = np.linspace(spans[0, 0], spans[-1, 1], SAMPLES * len(spans) + 1)
     points = (points[:-1] + points[1:]) / 2
     if not smooth:
-        return level[..., np.searchsorted(spans[:, 1], points)]
-    return np.stack([np.interp(points, spans.mean(axis=1), row) for row in level])
+        return values[..., np.searchsorted(spans[:, 1], points)]
+    return np.stack([np.interp(points, spans.mean(axis=1), row) for row in values])

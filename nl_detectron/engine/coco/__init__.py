@@ -1,1 +1,1 @@
-"""All that knows COCO detection: data sets, names of classes, AP."""
+"""Everything specific to COCO detection: data sets, class names, AP."""

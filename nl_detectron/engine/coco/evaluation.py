@@ -1,4 +1,4 @@
-"""COCO's scores for every task of a model, whatever it finds."""
+"""COCO evaluation on every task of a model, even if nothing was detected."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from detectron2.evaluation import COCOEvaluator
 logger = logging.getLogger(__name__)
 
 
-def tasks_of(cfg: CfgNode) -> tuple[str, ...]:
-    """What a model is scored on: "bbox", "segm", "keypoints"."""
+def evaluation_tasks(cfg: CfgNode) -> tuple[str, ...]:
+    """Return the tasks to evaluate a model on: "bbox", "segm", "keypoints"."""
     if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
         return ("bbox",)
     masks, keypoints = cfg.MODEL.MASK_ON, cfg.MODEL.KEYPOINT_ON
@@ -21,16 +21,16 @@ def tasks_of(cfg: CfgNode) -> tuple[str, ...]:
 
 
 class Evaluator(COCOEvaluator):
-    """detectron2's COCO evaluator, with an AP of 0 where a model detects nothing.
+    """detectron2's COCO evaluator, with an AP of 0 if a model detects nothing.
 
-    The stock one takes the tasks from what was detected, and gives NaN if that was nothing.
+    The stock evaluator infers the tasks from the detections, and returns NaN if there are none.
     """
 
     def __init__(self, cfg: CfgNode, dataset_name: str):
-        """See ``COCOEvaluator``; ``TEST.KEYPOINT_OKS_SIGMAS`` counts."""
+        """See ``COCOEvaluator``; respects ``TEST.KEYPOINT_OKS_SIGMAS``."""
         super().__init__(
             dataset_name,
-            tasks_of(cfg),
+            evaluation_tasks(cfg),
             output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"),
             kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
         )

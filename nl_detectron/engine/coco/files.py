@@ -1,4 +1,4 @@
-"""A custom data set in COCO's format, made known to detectron2 without writing code."""
+"""Register custom data sets in COCO's format, without writing code."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from detectron2.data.datasets import register_coco_instances
 
 from nl_detectron.engine.coco.flipping import flip_pairs
 
-LINE_COLOUR = (255, 127, 14)
+LINE_COLOR = (255, 127, 14)
 
 
 def register_coco_files(
-    name: str, json_file: str, image_dir: str, needs: Collection[str] = ()
+    name: str, json_file: str, image_dir: str, required_keys: Collection[str] = ()
 ) -> None:
-    """Register a COCO json file and its image folder; a second call with the same files is allowed.
+    """Register a COCO json file and its image folder; repeated calls with the same files are fine.
 
-    Class names, category ids, keypoint names, the lines between keypoints and the keypoints that
-    swap when an image is flipped go into the metadata of ``name``.
+    The metadata of ``name`` receives the class names, category ids, keypoint names, skeleton and
+    flip pairs.
 
     Args:
-        name: name of the data set for detectron2.
+        name: name of the data set in detectron2.
         json_file: path of the annotations.
         image_dir: folder that the ``file_name`` entries are relative to.
-        needs: what every annotation must have to train or score on, such as "segmentation"; there
-            must be annotations then.
+        required_keys: keys that every annotation must have, such as "segmentation". If given, the
+            file must hold annotations.
 
     Raises:
-        OSError: one of the two paths is not there, or cannot be read.
-        ValueError: not JSON, or not what detectron2 takes; or ``name`` is taken.
+        OSError: a path does not exist, or cannot be read.
+        ValueError: the file is not valid COCO json, or ``name`` is registered for other files.
     """
     for path in (json_file, image_dir):
         if not Path(path).exists():
@@ -40,57 +40,62 @@ def register_coco_files(
     if name in DatasetCatalog.list():
         known = MetadataCatalog.get(name)
         if (known.json_file, known.image_root) != (json_file, image_dir):
-            raise ValueError(f"data set name {name!r} is taken by {known}")
+            raise ValueError(
+                f"data set {name!r} is already registered, for {known.json_file} and "
+                f"{known.image_root}"
+            )
         return
     try:
-        content = _read(json_file)
-        _check_annotations(content.get("annotations", ()), content["categories"], needs)
+        content = _read_json(json_file)
+        _check_annotations(content.get("annotations", ()), content["categories"], required_keys)
         metadata = _metadata(content["categories"])
         first = next(iter(content.get("images", ())), None)
-        if needs and first and not Path(image_dir, first["file_name"]).exists():
-            raise ValueError(f"names the image {first['file_name']}, which is not in {image_dir}")
+        if required_keys and first and not Path(image_dir, first["file_name"]).exists():
+            raise ValueError(f"lists the image {first['file_name']}, which is not in {image_dir}")
     except ValueError as error:
         raise ValueError(f"data set {name!r}: {json_file} {error}") from error
     register_coco_instances(name, metadata, json_file, image_dir)
 
 
-def _read(json_file: str) -> dict[str, Any]:
+def _read_json(json_file: str) -> dict[str, Any]:
     try:
         content = json.loads(Path(json_file).read_bytes())
     except ValueError as error:
         raise ValueError(f"is not JSON: {error}") from error
     if not isinstance(content, dict) or not content.get("categories"):
         raise ValueError("has no categories")
-    _check_keys(content["categories"], "category", ("id", "name"))
-    _check_keys(content.get("images", ()), "image", ("id", "file_name", "height", "width"))
+    _check_required_keys(content["categories"], "category", ("id", "name"))
+    _check_required_keys(content.get("images", ()), "image", ("id", "file_name", "height", "width"))
     return content
 
 
 def _check_annotations(
     annotations: Sequence[dict[str, Any]],
     categories: Sequence[dict[str, Any]],
-    needs: Collection[str],
+    required_keys: Collection[str],
 ) -> None:
-    """Check all that detectron2 and pycocotools would find out later, and not in words."""
-    _check_keys(annotations, "annotation", ("id", "image_id", "category_id", "bbox", *needs))
+    """Find errors that detectron2 and pycocotools would raise later, without explanation."""
+    _check_required_keys(
+        annotations, "annotation", ("id", "image_id", "category_id", "bbox", *required_keys)
+    )
     num_keypoints = {category["id"]: len(category.get("keypoints", ())) for category in categories}
     for annotation in annotations:
         category_id = annotation["category_id"]
         if category_id not in num_keypoints:
             raise ValueError(
-                f"has no category {category_id!r}, which annotation {annotation['id']} names"
+                f"has no category {category_id!r}, but annotation {annotation['id']} uses it"
             )
         numbers = len(annotation.get("keypoints", ()))
-        if "keypoints" in needs and numbers != 3 * num_keypoints[category_id]:
+        if "keypoints" in required_keys and numbers != 3 * num_keypoints[category_id]:
             raise ValueError(
-                f"has {num_keypoints[category_id]} keypoints in category {category_id}, but "
-                f"{numbers} numbers instead of three for each in annotation {annotation['id']}"
+                f"has {numbers} keypoint values in annotation {annotation['id']}, but category "
+                f"{category_id} needs {3 * num_keypoints[category_id]}"
             )
     objects = [annotation for annotation in annotations if not annotation.get("iscrowd")]
-    if "keypoints" in needs:
+    if "keypoints" in required_keys:
         objects = [annotation for annotation in objects if annotation.get("num_keypoints", 1)]
-    if needs and not objects:
-        raise ValueError("has no objects" + " with keypoints" * ("keypoints" in needs))
+    if required_keys and not objects:
+        raise ValueError("has no objects" + " with keypoints" * ("keypoints" in required_keys))
 
 
 def _metadata(categories: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -98,7 +103,7 @@ def _metadata(categories: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if len({type(category_id) for category_id in ids}) > 1:
         raise ValueError(f"has category ids of different types: {ids}")
     if len(set(ids)) < len(ids):
-        raise ValueError(f"has several categories of one id: {ids}")
+        raise ValueError(f"has duplicate category ids: {ids}")
     ids.sort()
     categories = sorted(categories, key=lambda category: category["id"])
     metadata = {
@@ -110,12 +115,12 @@ def _metadata(categories: Sequence[dict[str, Any]]) -> dict[str, Any]:
         raise ValueError(f"has categories with different keypoints: {sorted(keypoints)}")
     for names in keypoints:
         if len(set(names)) < len(names):
-            raise ValueError(f"has several keypoints of one name: {', '.join(names)}")
+            raise ValueError(f"has duplicate keypoint names: {', '.join(names)}")
         metadata["keypoint_names"] = list(names)
-        # For pictures alone, so a line to a keypoint that is not there is no reason to stop.
+        # Only used for drawing, so lines to undefined keypoints are ignored.
         by_number = dict(enumerate(names, start=1))
         metadata["keypoint_connection_rules"] = [
-            (by_number[a], by_number[b], LINE_COLOUR)
+            (by_number[a], by_number[b], LINE_COLOR)
             for category in categories
             for a, b in category.get("skeleton", ())
             if a in by_number and b in by_number
@@ -124,7 +129,7 @@ def _metadata(categories: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return metadata
 
 
-def _check_keys(entries: Any, what: str, keys: Sequence[str]) -> None:
+def _check_required_keys(entries: Any, what: str, keys: Sequence[str]) -> None:
     for number, entry in enumerate(entries, start=1):
         for key in keys:
             if not isinstance(entry, dict) or entry.get(key) in (None, [], {}):

@@ -1,6 +1,7 @@
-"""What the numbers of a model mean: names of classes and keypoints, kept with its weights.
+"""Names of a model's classes and keypoints, stored with its weights.
 
-detectron2 knows them by the name of a data set, and a new process does not know a custom one.
+detectron2 looks them up by the name of a data set, which a new process has not registered if it is
+a custom one.
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ _KEYS = (
 
 
 def dataset_metadata(name: str) -> dict[str, Any]:
-    """Return what has to travel of a data set's metadata, as lists, numbers and text alone.
+    """Return the metadata of a data set that is stored with a model, in JSON-compatible types.
 
     Args:
-        name: of the data set in detectron2's catalog.
+        name: name of the data set in detectron2's catalog.
 
     Returns:
-        By name as there, what is known; ``category_ids`` has the json's id of each class.
+        The known entries, by their names in the catalog; ``category_ids`` lists the json's id of
+        each class.
     """
     metadata = MetadataCatalog.get(name)
-    known = {key: _plain(metadata.get(key)) for key in _KEYS if metadata.get(key) is not None}
+    known = {key: _to_lists(metadata.get(key)) for key in _KEYS if metadata.get(key) is not None}
     class_of_id = metadata.get("thing_dataset_id_to_contiguous_id")
     if class_of_id:
         known["category_ids"] = sorted(class_of_id, key=class_of_id.get)
@@ -40,26 +42,26 @@ def dataset_metadata(name: str) -> dict[str, Any]:
 
 
 def model_metadata(cfg: CfgNode, weights: str | None = None) -> Metadata:
-    """Return what is known of a trained model's classes and keypoints, for detectron2's functions.
+    """Return the metadata of a trained model's classes and keypoints, for detectron2's functions.
 
-    It is what training stored with the weights. For others, it is what detectron2 knows of the
-    config's data sets, if their number of classes and keypoints is the model's.
+    It comes from the checkpoint if training stored it there, otherwise from the config's data sets,
+    if they are registered and their numbers of classes and keypoints match the model's.
 
     Args:
-        cfg: of the model; its data sets need not be known to this process.
-        weights: checkpoint; without it, the config's.
+        cfg: config of the model; its data sets need not be registered.
+        weights: checkpoint; default: ``MODEL.WEIGHTS``.
 
     Returns:
-        Metadata, empty where nothing is known.
+        The metadata, empty if nothing is known.
     """
     weights = cfg.MODEL.WEIGHTS if weights is None else weights
     known = stored_metadata(weights)
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
         if not known and name in MetadataCatalog.list():
-            known = _if_it_fits(cfg, dataset_metadata(name))
+            known = _if_counts_match(cfg, dataset_metadata(name))
     class_of_id = {i: n for n, i in enumerate(known.get("category_ids", ()))}
     metadata = Metadata(name=weights)
-    metadata.set(**{key: _with_tuples(key, known[key]) for key in _KEYS if key in known})
+    metadata.set(**{key: _to_tuples(key, known[key]) for key in _KEYS if key in known})
     if class_of_id:
         metadata.thing_dataset_id_to_contiguous_id = class_of_id
     return metadata
@@ -71,18 +73,18 @@ def check_names(
     where: str,
     model: Mapping[str, Any] | Metadata | None = None,
 ) -> None:
-    """Refuse a data set whose classes or, for a keypoint model, keypoints are not the model's.
+    """Require a data set to have the model's classes and, for keypoint models, its keypoints.
 
     Args:
-        cfg: of the model.
-        found: metadata of the data set; what it does not know is not checked.
-        where: what to call it in a message.
-        model: metadata of the model; without it, numbers alone are compared.
+        cfg: config of the model.
+        found: metadata of the data set; missing entries are not checked.
+        where: name of the data set for error messages.
+        model: metadata of the model; without it, only the numbers are compared.
 
     Raises:
-        ValueError: other numbers or other names.
+        ValueError: the numbers or the names differ.
     """
-    for key, what, number in _named_parts(cfg):
+    for key, what, number in _expected_counts(cfg):
         names = found.get(key)
         if not names:
             continue
@@ -93,13 +95,13 @@ def check_names(
         for i, (own, other) in enumerate(zip(known or names, names), start=1):
             if own != other:
                 raise ValueError(
-                    f"the {what} of {where} are not the model's: number {i} is {other!r} there, "
-                    f"{own!r} in the model"
+                    f"the {what} of {where} do not match the model's: number {i} is "
+                    f"{other!r} there, {own!r} in the model"
                 )
 
 
-def _named_parts(cfg: CfgNode) -> list[tuple[str, str, int]]:
-    """Key of the metadata, what it is, and how many of it the model has."""
+def _expected_counts(cfg: CfgNode) -> list[tuple[str, str, int]]:
+    """Return the metadata key, a plural noun, and the model's number of each kind of name."""
     parts = []
     if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
         parts.append(("thing_classes", "classes", cfg.MODEL.RETINANET.NUM_CLASSES))
@@ -111,7 +113,7 @@ def _named_parts(cfg: CfgNode) -> list[tuple[str, str, int]]:
     return parts
 
 
-def _if_it_fits(cfg: CfgNode, metadata: dict[str, Any]) -> dict[str, Any]:
+def _if_counts_match(cfg: CfgNode, metadata: dict[str, Any]) -> dict[str, Any]:
     try:
         check_names(cfg, metadata, "")
     except ValueError:
@@ -119,14 +121,14 @@ def _if_it_fits(cfg: CfgNode, metadata: dict[str, Any]) -> dict[str, Any]:
     return metadata
 
 
-def _plain(value: Sequence) -> list:
-    return [_plain(v) if isinstance(v, (list, tuple)) else v for v in value]
+def _to_lists(value: Sequence) -> list:
+    return [_to_lists(v) if isinstance(v, (list, tuple)) else v for v in value]
 
 
-def _with_tuples(key: str, value: list) -> list:
-    """Undo :func:`_plain`: pairs and colours are tuples in detectron2."""
+def _to_tuples(key: str, value: list) -> list:
+    """Undo :func:`_to_lists`: detectron2 stores pairs and colors as tuples."""
     if key == "keypoint_flip_map":
         return [tuple(pair) for pair in value]
     if key == "keypoint_connection_rules":
-        return [(a, b, tuple(colour)) for a, b, colour in value]
+        return [(a, b, tuple(color)) for a, b, color in value]
     return value

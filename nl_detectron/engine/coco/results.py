@@ -1,4 +1,4 @@
-"""What a detector found: drawn, and in a file of COCO's results format."""
+"""Outputs of a detector: visualizations, and a file in COCO's results format."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from detectron2.utils.visualizer import Visualizer
 
 
 class ResultsFile:
-    """A JSON array on disk, complete after every :meth:`add`."""
+    """A JSON array on disk that is valid after every :meth:`add`."""
 
     def __init__(self, path: Path, metadata: Metadata):
-        """Create the file, an empty array.
+        """Create the file with an empty array.
 
         Args:
             path: file to write.
-            metadata: has the json's category id of each class; without them, classes are counted
-                from 1.
+            metadata: maps classes to category ids; otherwise the ids are class indices, from 1.
 
         Raises:
             OSError: the file cannot be written.
@@ -49,7 +48,7 @@ class ResultsFile:
         self._file.close()
 
     def add(self, found: Instances, image_id: int | str) -> None:
-        """Append the objects of an image; moves their keypoints, so it has to come last."""
+        """Append the detections of an image; shifts their keypoints in place, so call it last."""
         results = instances_to_coco_json(found, image_id)
         for result in results:
             class_id = result["category_id"]
@@ -57,26 +56,28 @@ class ResultsFile:
         if results:
             first = self._file.tell() == len(b"[]")
             text = ",\n".join(json.dumps(result) for result in results)
-            # One write replaces the bracket at the end, so there is no moment without one.
+            # A single write replaces the closing bracket, so the file is valid at any time.
             self._file.seek(-1, 2)
             self._file.write(f"{'' if first else ','}\n{text}\n]".encode())
 
 
-def painter(metadata: Metadata, video: bool) -> Callable[[np.ndarray, Instances], np.ndarray]:
-    """Return a function that draws detections over an image, BGR.
+def build_visualizer(
+    metadata: Metadata, video: bool
+) -> Callable[[np.ndarray, Instances], np.ndarray]:
+    """Return a function that draws detections on a BGR image.
 
     Args:
         metadata: names of classes and keypoints.
-        video: whether images are frames of one, in which an object keeps its color.
+        video: whether images are consecutive frames, in which an object keeps its color.
     """
     tracker = VideoVisualizer(metadata)
 
     def draw(image: np.ndarray, found: Instances) -> np.ndarray:
         rgb = image[:, :, ::-1]
         if video:
-            picture = tracker.draw_instance_predictions(rgb, found)
+            drawn = tracker.draw_instance_predictions(rgb, found)
         else:
-            picture = Visualizer(rgb, metadata).draw_instance_predictions(found)
-        return picture.get_image()[:, :, ::-1]
+            drawn = Visualizer(rgb, metadata).draw_instance_predictions(found)
+        return drawn.get_image()[:, :, ::-1]
 
     return draw

@@ -1,4 +1,4 @@
-"""Training of detectors on COCO-format data, and the config of a run from its arguments."""
+"""Train detectors on COCO-format data, and build the config of a run from its arguments."""
 
 from __future__ import annotations
 
@@ -13,29 +13,33 @@ from torch import nn
 from nl_detectron.config import load_config
 from nl_detectron.engine.ablation import PairedTrainer
 from nl_detectron.engine.checkpoint import checkpoint_to_load, stored_metadata
-from nl_detectron.engine.coco.data_sets import check_data_sets, describe_data, use_custom_data
+from nl_detectron.engine.coco.data_sets import (
+    data_set_notes,
+    register_custom_data,
+    validate_data_sets,
+)
 from nl_detectron.engine.coco.evaluation import Evaluator
 from nl_detectron.engine.coco.metadata import dataset_metadata
 from nl_detectron.engine.schedule import scale_schedule, schedule_table
-from nl_detectron.engine.trainer import StrictTrainer, start_run
+from nl_detectron.engine.trainer import StrictTrainer, setup_run
 
 logger = logging.getLogger("nl_detectron")
 
 
 class CocoTrainer(StrictTrainer):
-    """Trains detectors; COCO's AP is their score."""
+    """Trains detectors, and scores them by COCO's AP."""
 
     metrics = {"bbox/AP": "box AP", "segm/AP": "mask AP", "keypoints/AP": "keypoint AP"}
 
     @classmethod
     def backbone_prefix(cls, model: nn.Module) -> str:
-        """Return the prefix of the ResNet, without the FPN."""
+        """Return the prefix of the ResNet's parameters, without the FPN."""
         backbone = getattr(model, "backbone", None)
         return "backbone.bottom_up." if isinstance(backbone, FPN) else "backbone."
 
     @classmethod
     def model_metadata(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Return the names of classes and keypoints."""
+        """Return the names of classes and keypoints, and the OKS sigmas."""
         metadata = dataset_metadata(cfg.DATASETS.TRAIN[0])
         if cfg.MODEL.KEYPOINT_ON and cfg.TEST.KEYPOINT_OKS_SIGMAS:
             metadata["keypoint_oks_sigmas"] = list(cfg.TEST.KEYPOINT_OKS_SIGMAS)
@@ -43,43 +47,43 @@ class CocoTrainer(StrictTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> Evaluator:
-        """COCO's scores."""
+        """Return the COCO evaluator."""
         return Evaluator(cfg, dataset_name)
 
 
 class PairedCocoTrainer(PairedTrainer, CocoTrainer):
-    """Trains one of two detectors that start alike, with and without non-local blocks."""
+    """Trains a detector with or without non-local blocks, from identical initial weights."""
 
 
 def read_config(args: argparse.Namespace) -> CfgNode:
     """Build the config from the arguments of a command, and register their data sets.
 
     Raises:
-        FileNotFoundError: a file that is not there.
-        ValueError: anything else that is wrong with them.
+        FileNotFoundError: a file does not exist.
+        ValueError: anything else is invalid.
     """
     cfg = load_config(args.config_file, args.opts)
     if args.scale_lr:
         scale_schedule(cfg, load_config(args.config_file), args.opts[::2])
-    use_custom_data(cfg, args)
+    register_custom_data(cfg, args)
     weights, resuming = checkpoint_to_load(cfg, args.resume)
     if args.eval_only and not weights:
-        raise ValueError("--eval-only: MODEL.WEIGHTS is empty, so there is no model to evaluate")
+        raise ValueError("--eval-only needs weights, but MODEL.WEIGHTS is empty")
     known = stored_metadata(weights) if args.eval_only or resuming else {}
     if not cfg.TEST.KEYPOINT_OKS_SIGMAS:
         cfg.TEST.KEYPOINT_OKS_SIGMAS = known.get("keypoint_oks_sigmas", [])
-    check_data_sets(cfg, not args.eval_only, known)
+    validate_data_sets(cfg, not args.eval_only, known)
     cfg.freeze()
     return cfg
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """Read the config, and start a run with it; in every process."""
+    """Build the config and set up the run, in every process."""
     cfg = read_config(args)
-    start_run(cfg, args)
+    setup_run(cfg, args)
     if args.scale_lr:
         table = schedule_table(cfg, load_config(args.config_file), args.opts[::2])
         logger.info("The schedule, scaled to the batch size:\n%s", table)
-    for sentence in describe_data(cfg):
-        logger.info(sentence)
+    for note in data_set_notes(cfg):
+        logger.info(note)
     return cfg

@@ -1,1 +1,1 @@
-"""A data set in which an object's class depends on something far away, and models for it."""
+"""A data set in which an object's class depends on something far away, and its models."""

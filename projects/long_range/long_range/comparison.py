@@ -1,4 +1,4 @@
-"""Figures of what the models predict, drawn from the files that COCOEvaluator writes."""
+"""Draw the predictions of models from the files that COCOEvaluator writes."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from matplotlib.figure import Figure
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
-from .scene import BEACON_COLOURS, HEIGHT, WIDTH
+from .scene import BEACON_COLORS, HEIGHT, WIDTH
 
 _HALO = [patheffects.withStroke(linewidth=2, foreground="white")]
 
 
-def draw_figure(
+def draw_predictions(
     path: Path, data: Path, predictions: Mapping[str, Path], image_ids: Sequence[int]
 ) -> None:
-    """Draws pictures side by side, and below each one the ground truth and what the models find.
+    """Draw images side by side, and below each the ground truth and every model's predictions.
 
     Args:
         path: PNG file to write.
         data: folder of the data set.
         predictions: label of a model to its ``coco_instances_results.json``.
-        image_ids: one column for each.
+        image_ids: ids of the images, one column each.
     """
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(data / "annotations.json"))
-        sources = {"picture": None, "truth": truth}
+        sources = {"image": None, "truth": truth}
         for label, file in predictions.items():
             found = json.loads(file.read_text())
             sources[label] = truth.loadRes(found) if found else COCO()
@@ -46,8 +46,8 @@ def draw_figure(
         image = cv2.imread(str(data / truth.loadImgs(image_id)[0]["file_name"]))[:, :, ::-1]
         axes.imshow(image)
         axes.set(xticks=[], yticks=[], ylabel=label if image_id == image_ids[0] else "")
-        if label == "picture":
-            _point_at_beacon(axes, image)
+        if label == "image":
+            _mark_beacon(axes, image)
         else:
             objects = len(truth.getAnnIds(imgIds=image_id))
             for annotation in _best(sources[label], image_id, objects):
@@ -56,7 +56,7 @@ def draw_figure(
 
 
 def _best(source: COCO, image_id: int, count: int) -> list[dict]:
-    """The best guesses of different places, as many as there are objects in truth."""
+    """Return the highest-scoring predictions that do not overlap, at most ``count``."""
     annotations = source.loadAnns(source.getAnnIds(imgIds=image_id))
     kept: list[dict] = []
     for candidate in sorted(annotations, key=lambda a: -a.get("score", 1.0)):
@@ -74,15 +74,15 @@ def _draw_object(axes: Axes, source: COCO, annotation: dict) -> None:
         head, tail = annotation["keypoints"][0:2], annotation["keypoints"][3:5]
         axes.annotate("", head, tail, arrowprops={"arrowstyle": "-|>", "color": "C1", "lw": 2.5})
         return
-    colour = np.array(BEACON_COLOURS[name.split(" / ")[1]]) / 255
-    axes.contour(source.annToMask(annotation), [0.5], colors=[colour], linewidths=2)
-    # Below the object, or above it where there is no room.
+    color = np.array(BEACON_COLORS[name.split(" / ")[1]]) / 255
+    axes.contour(source.annToMask(annotation), [0.5], colors=[color], linewidths=2)
+    # Below the object, or above it if there is no room.
     below = y + height < HEIGHT - 10
     axes.text(
         np.clip(x + width / 2, 50, WIDTH - 50),
         y + height + 2 if below else y - 2,
         name + score,
-        color=colour,
+        color=color,
         fontsize=8,
         ha="center",
         va="top" if below else "bottom",
@@ -90,8 +90,8 @@ def _draw_object(axes: Axes, source: COCO, annotation: dict) -> None:
     )
 
 
-def _point_at_beacon(axes: Axes, image: np.ndarray) -> None:
-    # The beacon is all that is not grey.
+def _mark_beacon(axes: Axes, image: np.ndarray) -> None:
+    # Only the beacon is not gray.
     y, x = np.argwhere(np.ptp(image.astype(int), axis=2) > 60).mean(axis=0)
     on_left = x < image.shape[1] / 2
     axes.annotate(

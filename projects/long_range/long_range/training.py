@@ -1,4 +1,4 @@
-"""How the demo trains: configs with and without blocks, the optimizer, and a line of progress."""
+"""Training of the demo: configs with and without blocks, the optimizer, and a progress line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from detectron2.solver.build import get_default_optimizer_params
 from detectron2.utils.events import EventWriter, get_event_storage
 
 from nl_detectron.config import load_config, without_blocks
-from nl_detectron.engine.ablation import LABELS
+from nl_detectron.engine.ablation import VARIANTS
 from nl_detectron.engine.coco.trainer import PairedCocoTrainer
 
 from .dataset import check_choice
@@ -25,14 +25,14 @@ CONFIG_NAMES = {"instances": "mask_rcnn_R_50_FPN_NL", "keypoints": "keypoint_rcn
 def variant_config(
     kind: str, variant: str, *, output: Path, seed: int, budget: float = 1.0
 ) -> CfgNode:
-    """Reads the config of one of the two models.
+    """Load the config of one of the two models.
 
     Args:
         kind: a key of `CONFIG_NAMES`.
-        variant: a key of `LABELS`.
+        variant: a key of `VARIANTS`.
         output: folder for checkpoints, metrics and predictions.
-        seed: for the initial weights and the order of the pictures.
-        budget: iterations, as a multiple of what the config says.
+        seed: seed of the initial weights and the image order.
+        budget: multiple of the config's iterations.
 
     Returns:
         The config.
@@ -41,7 +41,7 @@ def variant_config(
         ValueError: unknown ``kind`` or ``variant``, or a budget of less than one iteration.
     """
     check_choice("kind", kind, CONFIG_NAMES)
-    check_choice("variant", variant, LABELS)
+    check_choice("variant", variant, VARIANTS)
     cfg = load_config(CONFIGS / f"{CONFIG_NAMES[kind]}.yaml")
     if variant == "stock":
         cfg = without_blocks(cfg)
@@ -55,11 +55,11 @@ def variant_config(
 
 
 class AdamWTrainer(PairedCocoTrainer):
-    """Trains with AdamW, which from random weights needs far fewer steps than SGD."""
+    """Trains with AdamW, which needs far fewer steps from scratch than SGD."""
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
-        """AdamW in place of SGD."""
+        """Build AdamW in place of SGD."""
         params = get_default_optimizer_params(
             model, base_lr=cfg.SOLVER.BASE_LR, weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM
         )
@@ -67,28 +67,28 @@ class AdamWTrainer(PairedCocoTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: torch.nn.Module, evaluators: Any = None) -> dict:
-        """The stock test; pycocotools' printed tables go to a file."""
+        """Run the stock test, and redirect pycocotools' tables to a file."""
         with open(Path(cfg.OUTPUT_DIR) / "coco_tables.txt", "w") as file:
             with contextlib.redirect_stdout(file):
                 return super().test(cfg, model, evaluators)
 
     def build_writers(self) -> list[EventWriter]:
-        """The stock writers and a line of progress."""
+        """Add the progress line to the stock writers."""
         return [*super().build_writers(), Progress(self.max_iter)]
 
 
 class Progress(EventWriter):
-    """Prints one line, over and over: how far the training is and how long it still takes."""
+    """Prints iteration, loss and remaining time on a single line."""
 
     def __init__(self, max_iter: int):
         self._max_iter = max_iter
         self._start = time.monotonic()
 
     def write(self) -> None:
-        """Called by the stock ``PeriodicWriter``."""
+        """Update the line; the stock ``PeriodicWriter`` calls this."""
         storage = get_event_storage()
         done = storage.iter + 1
-        if done > self._max_iter:  # once more after the end, for what the evaluation logged
+        if done > self._max_iter:  # the evaluation writes once more after the end
             return
         left = (time.monotonic() - self._start) / done * (self._max_iter - done)
         loss = storage.history("total_loss").median(20)

@@ -12,14 +12,14 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from long_range import training
-from long_range.comparison import draw_figure
-from long_range.dataset import KINDS, categories, make_scene, register, write_dataset
-from long_range.scene import BEACON_COLOURS, CLEARANCE, HEIGHT, WIDTH
+from long_range.comparison import draw_predictions
+from long_range.dataset import KINDS, class_names, make_scene, register_dataset, write_dataset
+from long_range.scene import BEACON_COLORS, CLEARANCE, HEIGHT, WIDTH
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from nl_detectron.config import load_config
-from nl_detectron.engine.ablation import LABELS, train_and_evaluate
+from nl_detectron.engine.ablation import VARIANTS, train_and_evaluate
 
 SIZE = 7
 
@@ -76,7 +76,7 @@ def test_perfect_predictions_reach_ap_100(folders, kind):
 def test_annotations_have_what_coco_asks_for(folders, kind):
     coco = json.loads((folders[kind] / "annotations.json").read_text())
     assert set(coco) == {"info", "licenses", "images", "annotations", "categories"}
-    assert [category["name"] for category in coco["categories"]] == categories(kind)
+    assert [category["name"] for category in coco["categories"]] == class_names(kind)
     assert len({a["id"] for a in coco["annotations"]}) == len(coco["annotations"])
     assert {a["image_id"] for a in coco["annotations"]} == {i["id"] for i in coco["images"]}
     for annotation in coco["annotations"]:
@@ -104,10 +104,10 @@ def test_masks_lie_on_the_drawn_objects(folders, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_the_beacon_tells_the_colour(kind):
+def test_only_the_beacon_tells_the_color(kind):
     for scene in scenes(kind):
         pictures = [
-            dataclasses.replace(scene, beacon_colour=colour).draw() for colour in BEACON_COLOURS
+            dataclasses.replace(scene, beacon_color=color).draw() for color in BEACON_COLORS
         ]
         x0, y0, x1, y1 = scene.beacon_box.astype(int)
         for picture in pictures:
@@ -121,8 +121,8 @@ def test_only_the_beacon_tells_the_colour(kind):
 def test_all_objects_are_far_from_the_beacon(kind):
     for scene in scenes(kind):
         assert len(scene.objects) in (2, 3)
-        for thing in scene.objects:
-            x0, _, x1, _ = thing.box
+        for obj in scene.objects:
+            x0, _, x1, _ = obj.box
             assert max(x0 - scene.beacon_box[2], scene.beacon_box[0] - x1) >= CLEARANCE
 
 
@@ -132,13 +132,13 @@ def test_the_beacon_says_which_end_is_the_head(folders):
     for annotation in truth.anns.values():
         scene = make_scene("keypoints", "val", 3, annotation["image_id"])
         head, _, _, tail, _, _ = annotation["keypoints"]
-        sides[scene.beacon_colour].add("left" if head < tail else "right")
+        sides[scene.beacon_color].add("left" if head < tail else "right")
     assert sides == {"red": {"left"}, "green": {"right"}}
 
 
 def test_bad_arguments_are_named(tmp_path):
     with pytest.raises(ValueError, match="kind must be one of .*'masks'"):
-        categories("masks")
+        class_names("masks")
     with pytest.raises(ValueError, match="split must be one of .*'test'"):
         write_dataset(tmp_path, "instances", "test", seed=0, size=1)
     with pytest.raises(ValueError, match="size .* got 0"):
@@ -197,9 +197,9 @@ def test_stock_heads_get_the_same_for_every_beacon(kind, tmp_path):
     non_local = awake_model(kind, "non_local", tmp_path)
     for scene in scenes(kind, count=4):
         other = dataclasses.replace(
-            scene, beacon_colour="green" if scene.beacon_colour == "red" else "red"
+            scene, beacon_color="green" if scene.beacon_color == "red" else "red"
         )
-        boxes = torch.tensor([r for thing in scene.objects for r in regions_of(thing.box)]).float()
+        boxes = torch.tensor([r for obj in scene.objects for r in regions_of(obj.box)]).float()
         for a, b in zip(*(pooled(stock, as_image(s), boxes) for s in (scene, other))):
             assert torch.equal(a, b)
         for a, b in zip(*(pooled(non_local, as_image(s), boxes) for s in (scene, other))):
@@ -239,13 +239,13 @@ def test_without_blocks_is_the_config_without_the_block(kind, tmp_path):
 def registered(folders):
     for kind, folder in folders.items():
         for split in ("train", "val"):
-            register(folder, kind, split)
+            register_dataset(folder, kind, split)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_start_alike(kind, tmp_path, registered):
     starts = {}
-    for variant in LABELS:
+    for variant in VARIANTS:
         trainer = training.AdamWTrainer(
             training.variant_config(kind, variant, output=tmp_path, seed=5, budget=0.01)
         )
@@ -267,7 +267,7 @@ def test_both_start_alike(kind, tmp_path, registered):
 @pytest.mark.parametrize("kind", KINDS)
 def test_short_training_is_evaluated_and_drawn(kind, tmp_path, registered, folders):
     files = {}
-    for variant in LABELS:
+    for variant in VARIANTS:
         cfg = training.variant_config(kind, variant, output=tmp_path / variant, seed=0, budget=0.1)
         run = train_and_evaluate(cfg, training.AdamWTrainer)
         files[variant] = tmp_path / variant / "inference" / "coco_instances_results.json"
@@ -276,5 +276,5 @@ def test_short_training_is_evaluated_and_drawn(kind, tmp_path, registered, folde
             f"{'segm' if kind == 'instances' else 'keypoints'}/AP",
         }
         assert run.losses["total_loss"][-1] < run.losses["total_loss"][0]
-    draw_figure(tmp_path / "figure.png", folders[kind], files, (0, 1))
+    draw_predictions(tmp_path / "figure.png", folders[kind], files, (0, 1))
     assert (tmp_path / "figure.png").stat().st_size > 10_000

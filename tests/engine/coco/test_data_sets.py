@@ -10,7 +10,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from nl_detectron.engine.coco.data_sets import describe_data
+from nl_detectron.engine.coco.data_sets import data_set_notes
 from nl_detectron.engine.coco.trainer import read_config
 from nl_detectron_cli import train
 from tests.running import QUICK
@@ -101,7 +101,7 @@ class TestTraining:
     def test_nothing_to_test_on(self, changed, read):
         cfg = read(*changed("train", "cat", "dog", "cow"))
         assert cfg.DATASETS.TEST == ()  # not the config's coco_2017_val
-        assert "Nothing will be evaluated" in describe_data(cfg)[0]
+        assert "No evaluation" in data_set_notes(cfg)[0]
 
     def test_test_data_of_the_options(self, coco, changed, read):
         coco_2017_val = ["DATASETS.TEST", "('coco_2017_val',)"]
@@ -126,11 +126,11 @@ class TestTraining:
 
     def test_other_folder(self, changed, read):
         data = changed("train")
-        with pytest.raises(ValueError, match="names the image 1.png, which is not in .*tests"):
+        with pytest.raises(ValueError, match="lists the image 1.png, which is not in .*tests"):
             read(*data[:3], Path(__file__).parent)
 
     def test_half_of_it(self, changed, read):
-        with pytest.raises(ValueError, match="--train-json and --train-images go together"):
+        with pytest.raises(ValueError, match="--train-json and --train-images must be given"):
             read(*changed("train")[:2])
 
     def test_none(self, read):
@@ -147,15 +147,15 @@ class TestFlipping:
     def test_sides(self, names, swapped, changed, read):
         cfg = read(*changed("train", keypoints=names), *self.FLIP, config=KEYPOINTS)
         assert cfg.INPUT.RANDOM_FLIP == "horizontal"
-        sentence = f"Keypoints that swap where an image is flipped: {swapped}."
-        assert describe_data(cfg)[-1] == sentence
+        sentence = f"Keypoints swapped when an image is flipped: {swapped}."
+        assert data_set_notes(cfg)[-1] == sentence
 
     def test_one_side(self, changed, read):
         data = changed("train", keypoints=["left_eye", "tail"])
         cfg = read(*data, *self.FLIP, config=KEYPOINTS)
         assert cfg.INPUT.RANDOM_FLIP == "none"
-        assert "not flipped (INPUT.RANDOM_FLIP none)" in describe_data(cfg)[-1]
-        assert describe_data(cfg)[-1].endswith(": left_eye.")
+        assert "not flipped (INPUT.RANDOM_FLIP none)" in data_set_notes(cfg)[-1]
+        assert data_set_notes(cfg)[-1].endswith(": left_eye.")
         cfg = read(*data, "INPUT.RANDOM_FLIP", "vertical", config=KEYPOINTS)
         assert cfg.INPUT.RANDOM_FLIP == "vertical"
 
@@ -222,7 +222,7 @@ class TestTrainedModel:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["MODEL.WEIGHTS", ""], "--eval-only: MODEL.WEIGHTS is empty"),
+            (["MODEL.WEIGHTS", ""], "--eval-only needs weights, but MODEL.WEIGHTS is empty"),
             (["DATASETS.TEST", "()"], "DATASETS.TEST is empty: give --test-json"),
         ],
     )
@@ -235,7 +235,7 @@ class TestTrainedModel:
         options = [*weights(), *SIGMAS, "DATASETS.TRAIN", "('custom_train',)"]
         cfg = read("--eval-only", *changed("test", "cat"), *options, config=KEYPOINTS)
         assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 1
-        assert describe_data(cfg) == []
+        assert data_set_notes(cfg) == []
 
 
 class TestRegistered:
@@ -257,7 +257,9 @@ class TestRegistered:
     def test_of_another_type(self, metadata, register, changed, read):
         register("mine", thing_classes=["bar"], **metadata)
         given = metadata.get("evaluator_type")
-        with pytest.raises(ValueError, match=f"'mine' has the evaluator_type {given!r}"):
+        with pytest.raises(
+            ValueError, match=f"evaluator_type of 'mine' must be 'coco', got {given!r}"
+        ):
             read(*changed("train"), "DATASETS.TEST", "('mine',)")
 
     def test_to_train_on(self, register, read):
@@ -274,5 +276,5 @@ class TestRegistered:
 
     def test_keypoints(self, register, read):
         register("mine", thing_classes=["person"])
-        with pytest.raises(ValueError, match="KEYPOINT_ON, but mine in DATASETS.TRAIN names no"):
+        with pytest.raises(ValueError, match="KEYPOINT_ON is True, but mine in DATASETS.TRAIN"):
             read("DATASETS.TRAIN", "('mine',)", "DATASETS.TEST", "()", config=KEYPOINTS)

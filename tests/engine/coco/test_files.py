@@ -51,9 +51,9 @@ HAND = {"id": 7, "name": "hand", "keypoints": ["palm", "thumb"]}
         ({"categories": [HAND, {"id": 8}]}, (), "no 'name' in category number 2, of 2"),
         ({"categories": ["hand"]}, (), "no 'id' in category number 1"),
         ({"categories": [HAND, HAND | {"id": "8"}]}, (), r"ids of different types: \[7, '8'\]"),
-        ({"categories": [HAND, HAND]}, (), r"several categories of one id: \[7, 7\]"),
+        ({"categories": [HAND, HAND]}, (), r"duplicate category ids: \[7, 7\]"),
         ({"images": [{"id": 1}]}, (), "no 'file_name' in image number 1"),
-        ({"annotations": [OBJECT | {"category_id": 8}]}, (), "no category 8, which annotation 5"),
+        ({"annotations": [OBJECT | {"category_id": 8}]}, (), "no category 8, but annotation 5"),
         ({"annotations": [OBJECT | {"bbox": []}]}, (), "no 'bbox' in annotation number 1"),
         ({"annotations": [OBJECT]}, ["area"], "no 'area' in annotation number 1"),
         ({"annotations": [OBJECT | {"iscrowd": 1}]}, ["bbox"], "no objects"),
@@ -66,9 +66,9 @@ HAND = {"id": 7, "name": "hand", "keypoints": ["palm", "thumb"]}
         (
             {"annotations": [OBJECT | {"keypoints": [0] * 5}]},
             ["keypoints"],
-            "2 keypoints in category 7, but 5 numbers .* in annotation 5",
+            "5 keypoint values in annotation 5, but category 7 needs 6",
         ),
-        ({"categories": [HAND | {"keypoints": ["a", "a"]}]}, (), "several keypoints of one name"),
+        ({"categories": [HAND | {"keypoints": ["a", "a"]}]}, (), "duplicate keypoint names"),
     ],
 )
 def test_what_is_wrong_in_a_file(content, needs, message, write, tmp_path):
@@ -117,7 +117,7 @@ def test_errors(custom_data, tmp_path):
     with pytest.raises(ValueError, match="different keypoints"):
         register_coco_files("test_errors", str(mixed), images)
     register_coco_files("test_taken", str(custom_data), images)
-    with pytest.raises(ValueError, match="'test_taken' is taken"):
+    with pytest.raises(ValueError, match="'test_taken' is already registered"):
         register_coco_files("test_taken", str(mixed), images)
-    with pytest.raises(ValueError, match="'test_taken' is taken"):
+    with pytest.raises(ValueError, match="'test_taken' is already registered"):
         register_coco_files("test_taken", str(custom_data), str(tmp_path))

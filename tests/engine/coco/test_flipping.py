@@ -12,9 +12,9 @@ from nl_detectron.engine.coco.flipping import flip_pairs
 
 
 def test_coco():
-    pairs, alone = flip_pairs(COCO_PERSON_KEYPOINT_NAMES)
+    pairs, unpaired = flip_pairs(COCO_PERSON_KEYPOINT_NAMES)
     assert pairs == list(COCO_PERSON_KEYPOINT_FLIP_MAP)
-    assert alone == []
+    assert unpaired == []
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_no_sides():
 
 
 @pytest.mark.parametrize(
-    ("names", "alone"),
+    ("names", "unpaired"),
     [
         (["left_eye", "right_eye", "left_ear"], ["left_ear"]),
         (["LShoulder", "Nose"], ["LShoulder"]),
@@ -53,5 +53,5 @@ def test_no_sides():
         ),
     ],
 )
-def test_side_without_one_partner(names, alone):
-    assert flip_pairs(names)[1] == alone
+def test_side_without_one_partner(names, unpaired):
+    assert flip_pairs(names)[1] == unpaired
