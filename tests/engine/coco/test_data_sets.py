@@ -12,43 +12,47 @@ from detectron2.data.datasets import register_coco_instances
 
 from nl_detectron.engine.coco.data_sets import data_set_notes
 from nl_detectron.engine.coco.trainer import read_config
-from nl_detectron_cli import train
+from nl_detectron_cli import train as train_command
 from tests.running import QUICK
 
 MASKS = QUICK / "mask_rcnn_R_18_NL_FPN_overfit.yaml"
 KEYPOINTS = QUICK / "keypoint_rcnn_R_18_NL_FPN_NLhead_overfit.yaml"
-SIGMAS = ["TEST.KEYPOINT_OKS_SIGMAS", "(0.1,0.1)"]
+SIGMAS = "TEST.KEYPOINT_OKS_SIGMAS (0.1,0.1)"
+FLIP = "INPUT.RANDOM_FLIP horizontal"
 
 
 @pytest.fixture
-def changed(custom_data, tmp_path):
-    """Write ``custom_data`` with other categories, and return its arguments."""
+def write(custom_data, tmp_path):
+    """Write ``custom_data`` with other names, or without what its annotations need."""
 
-    def changed(split, *categories, keypoints=None, without=()):
+    def write(split, names="bar", keypoints=None, without=None):
         data = json.loads(custom_data.read_text())
-        if keypoints:
-            data["categories"][0]["keypoints"] = keypoints
-        if categories:
-            data["categories"] = [
-                {**data["categories"][0], "id": i, "name": name}
-                for i, name in enumerate(categories, start=3)
-            ]
+        category = data["categories"][0]
+        category["keypoints"] = keypoints or category["keypoints"]
+        named = enumerate(names.split(), start=category["id"])
+        data["categories"] = [{**category, "id": i, "name": name} for i, name in named]
         for annotation in data["annotations"]:
-            for key in without:
-                del annotation[key]
+            annotation.pop(without, None)
         file = tmp_path / f"{split}.json"
         file.write_text(json.dumps(data))
-        return [f"--{split}-json", file, f"--{split}-images", custom_data.parent / "images"]
+        return file
 
-    return changed
+    return write
 
 
 @pytest.fixture
-def read(tmp_path):
-    def read(*arguments, config=MASKS):
-        words = ["--config-file", config, *arguments, "OUTPUT_DIR", tmp_path / "out"]
-        args = train.parse_args([str(word) for word in words])
-        return read_config(args)
+def read(write, custom_data, tmp_path):
+    """Read the config of a run on data with these class names, or as ``write`` takes them."""
+
+    def read(flags="", train=None, test=None, options="", config=MASKS, images=None):
+        words = ["--config-file", config, *flags.split()]
+        for split, content in (("train", train), ("test", test)):
+            if content:
+                content = content if isinstance(content, dict) else {"names": content}
+                words += [f"--{split}-json", write(split, **content)]
+                words += [f"--{split}-images", images or custom_data.parent / "images"]
+        words += [*options.split(), "OUTPUT_DIR", tmp_path / "out"]
+        return read_config(train_command.parse_args([str(word) for word in words]))
 
     return read
 
@@ -57,56 +61,52 @@ def read(tmp_path):
 def coco(monkeypatch, custom_data):
     """Let detectron2's COCO 2017 seem to be there."""
     for name in ("coco_2017_train", "coco_2017_val"):
-        monkeypatch.setattr(
-            MetadataCatalog.get(name), "__dict__", dict(vars(MetadataCatalog.get(name)))
-        )
-        vars(MetadataCatalog.get(name))["json_file"] = str(custom_data)
+        monkeypatch.setitem(vars(MetadataCatalog.get(name)), "json_file", str(custom_data))
 
 
 class TestTraining:
-    def test_numbers_are_those_of_the_training_data(self, changed, read):
-        cfg = read(*changed("train", "cat", "dog"), *changed("test", "cat", "dog"), *SIGMAS)
+    def test_numbers_are_those_of_the_training_data(self, read):
+        cfg = read(train="cat dog", test="cat dog")
         assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST) == (("custom_train",), ("custom_test",))
         assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == cfg.MODEL.RETINANET.NUM_CLASSES == 2
+        cfg = read(train="bar", test="bar", options=SIGMAS, config=KEYPOINTS)
+        assert cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS == 2
 
-    def test_numbers_of_keypoints(self, changed, read):
-        data = [*changed("train"), *changed("test")]
-        assert read(*data, *SIGMAS, config=KEYPOINTS).MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS == 2
-        with pytest.raises(ValueError, match="SIGMAS has 17 values, but the model has 2 keypoints"):
-            read(*data, config=KEYPOINTS)
-        read(*data[:4], config=KEYPOINTS)  # they are for evaluation alone
-
-    @pytest.mark.parametrize(
-        ("test", "message"),
-        [
-            (["cat"], "--test-json .*test.json has 1 classes, but the model has 2"),
-            (["dog", "cat"], "classes of --test-json .* number 1 is 'dog' there, 'cat' in"),
-        ],
-    )
-    def test_other_classes_to_test_on(self, test, message, changed, read):
-        with pytest.raises(ValueError, match=message):
-            read(*changed("train", "cat", "dog"), *changed("test", *test))
-
-    def test_other_keypoints_to_test_on(self, changed, read):
-        data = [*changed("train"), *changed("test", keypoints=["left_end", "middle"])]
-        with pytest.raises(ValueError, match="keypoints of --test-json .* number 2 is 'middle'"):
-            read(*data, *SIGMAS, config=KEYPOINTS)
-        read(*data)  # no matter to a model without
-
-    def test_custom_test_data_for_coco(self, coco, changed, read):
-        """Its 80 classes used to be overwritten by those of --test-json."""
-        with pytest.raises(ValueError, match=r"--test-json .*has 1 classes, but the model has 80"):
-            read(*changed("test", "bar"))
-
-    def test_nothing_to_test_on(self, changed, read):
-        cfg = read(*changed("train", "cat", "dog", "cow"))
+    def test_nothing_to_test_on(self, read):
+        cfg = read(train="cat dog cow", config=KEYPOINTS)  # nor is a sigma needed
         assert cfg.DATASETS.TEST == ()  # not the config's coco_2017_val
         assert "No evaluation" in data_set_notes(cfg)[0]
 
-    def test_test_data_of_the_options(self, coco, changed, read):
-        coco_2017_val = ["DATASETS.TEST", "('coco_2017_val',)"]
-        with pytest.raises(ValueError, match="coco_2017_val .*TEST has 80 classes, .* model has 3"):
-            read(*changed("train", "cat", "dog", "cow"), *coco_2017_val)
+    @pytest.mark.usefixtures("coco")
+    @pytest.mark.parametrize(
+        ("train", "test", "config", "options", "message"),
+        [
+            (
+                "cat dog",
+                "cat",
+                MASKS,
+                "",
+                "--test-json .* 1 classes, .* 2, which is trained on --train",
+            ),
+            ("cat dog", "dog cat", MASKS, "", "of --test-json .* 1 is 'dog' there, 'cat' in"),
+            (None, "bar", MASKS, "", "--test-json .*has 1 classes, but the model has 80"),
+            (
+                *("cat dog cow", None, MASKS, "DATASETS.TEST ('coco_2017_val',)"),
+                "coco_2017_val .*TEST has 80 classes, .* model has 3",
+            ),
+            (
+                *("bar", {"keypoints": ["left_end", "middle"]}, KEYPOINTS, SIGMAS),
+                "keypoints of --test-json .* number 2 is 'middle'",
+            ),
+            ("bar", "bar", KEYPOINTS, "", "SIGMAS has 17 values, but the model has 2 keypoints"),
+            (None, None, MASKS, "DATASETS.TRAIN ()", "TRAIN is empty: give --train-json"),
+        ],
+    )
+    def test_refused(self, train, test, config, options, message, read):
+        with pytest.raises(ValueError, match=message):
+            read(train=train, test=test, config=config, options=options)
+        if "keypoints" in message:  # no matter to a model without
+            read(train=train, test=test)
 
     @pytest.mark.parametrize(
         ("split", "config", "key"),
@@ -118,50 +118,35 @@ class TestTraining:
             ("test", KEYPOINTS, "num_keypoints"),
         ],
     )
-    def test_what_annotations_need(self, split, config, key, changed, read):
+    def test_what_annotations_need(self, split, config, key, read):
         """pycocotools stops with a KeyError, after the training."""
-        data = {s: changed(s, without=[key] * (s == split)) for s in ("train", "test")}
+        data = {"train": "bar", "test": "bar", split: {"without": key}}
         with pytest.raises(ValueError, match=f"{split}.json has no '{key}' in annotation number 1"):
-            read(*data["train"], *data["test"], *SIGMAS, config=config)
+            read(**data, options=SIGMAS, config=config)
 
-    def test_other_folder(self, changed, read):
-        data = changed("train")
+    def test_files(self, read, write):
         with pytest.raises(ValueError, match="lists the image 1.png, which is not in .*tests"):
-            read(*data[:3], Path(__file__).parent)
-
-    def test_half_of_it(self, changed, read):
+            read(train="bar", images=Path(__file__).parent)
         with pytest.raises(ValueError, match="--train-json and --train-images must be given"):
-            read(*changed("train")[:2])
-
-    def test_none(self, read):
-        with pytest.raises(ValueError, match="DATASETS.TRAIN is empty: give --train-json"):
-            read("DATASETS.TRAIN", "()")
+            read(f"--train-json {write('train')}")
 
 
-class TestFlipping:
-    FLIP = ["INPUT.RANDOM_FLIP", "horizontal"]
-
-    @pytest.mark.parametrize(
-        ("names", "swapped"), [(["LEnd", "REnd"], "LEnd and REnd"), (["nose", "tail"], "none")]
-    )
-    def test_sides(self, names, swapped, changed, read):
-        cfg = read(*changed("train", keypoints=names), *self.FLIP, config=KEYPOINTS)
-        assert cfg.INPUT.RANDOM_FLIP == "horizontal"
-        sentence = f"Keypoints swapped when an image is flipped: {swapped}."
-        assert data_set_notes(cfg)[-1] == sentence
-
-    def test_one_side(self, changed, read):
-        data = changed("train", keypoints=["left_eye", "tail"])
-        cfg = read(*data, *self.FLIP, config=KEYPOINTS)
-        assert cfg.INPUT.RANDOM_FLIP == "none"
-        assert "not flipped (INPUT.RANDOM_FLIP none)" in data_set_notes(cfg)[-1]
-        assert data_set_notes(cfg)[-1].endswith(": left_eye.")
-        cfg = read(*data, "INPUT.RANDOM_FLIP", "vertical", config=KEYPOINTS)
-        assert cfg.INPUT.RANDOM_FLIP == "vertical"
-
-    def test_boxes_alone(self, changed, read):
-        cfg = read(*changed("train", keypoints=["left_eye", "tail"]), *self.FLIP)
-        assert cfg.INPUT.RANDOM_FLIP == "horizontal"
+@pytest.mark.parametrize(
+    ("names", "options", "config", "flip", "sentence"),
+    [
+        ("LEnd REnd", FLIP, KEYPOINTS, "horizontal", "when an image is flipped: LEnd and REnd."),
+        ("nose tail", FLIP, KEYPOINTS, "horizontal", "when an image is flipped: none."),
+        ("left_eye tail", FLIP, KEYPOINTS, "none", "(INPUT.RANDOM_FLIP none).*: left_eye."),
+        ("left_eye tail", "INPUT.RANDOM_FLIP vertical", KEYPOINTS, "vertical", ""),
+        ("left_eye tail", FLIP, MASKS, "horizontal", ""),
+    ],
+)
+def test_flipping(names, options, config, flip, sentence, read):
+    cfg = read(train={"keypoints": names.split()}, options=options, config=config)
+    assert cfg.INPUT.RANDOM_FLIP == flip
+    start, _, end = sentence.rpartition(".*")
+    assert start in data_set_notes(cfg)[-1]
+    assert data_set_notes(cfg)[-1].endswith(end)
 
 
 class TestTrainedModel:
@@ -175,65 +160,55 @@ class TestTrainedModel:
             path = tmp_path / "out" / "model_final.pth"
             torch.save({"model": {}, "metadata": metadata}, path)
             path.with_name("last_checkpoint").write_text(path.name)
-            return ["MODEL.WEIGHTS", path]
+            return f"MODEL.WEIGHTS {path} "
 
         return weights
 
-    def test_evaluated_on_its_classes(self, weights, changed, read):
-        weights = weights(thing_classes=["cat", "dog"])
-        cfg = read("--eval-only", *changed("test", "cat", "dog"), *weights)
+    def test_evaluated_on_its_classes(self, weights, read):
+        options = weights(thing_classes=["cat", "dog"])
+        cfg = read("--eval-only", test="cat dog", options=options)
         assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 2
         assert cfg.DATASETS.TEST == ("custom_test",)
 
-    def test_sigmas(self, weights, changed, read):
-        names = {"keypoint_names": ["left_end", "right_end"], "keypoint_oks_sigmas": [0.25, 0.5]}
-        arguments = ["--eval-only", *changed("test"), *weights(**names)]
-        assert read(*arguments, config=KEYPOINTS).TEST.KEYPOINT_OKS_SIGMAS == [0.25, 0.5]
-        assert (
-            list(read(*arguments, *SIGMAS, config=KEYPOINTS).TEST.KEYPOINT_OKS_SIGMAS) == [0.1] * 2
-        )
+    def test_sigmas(self, weights, read):
+        names = ["left_end", "right_end"]
+        given = weights(keypoint_names=names, keypoint_oks_sigmas=[0.25, 0.5])
+        for options, sigmas in ((given, [0.25, 0.5]), (given + SIGMAS, [0.1, 0.1])):
+            cfg = read("--eval-only", test="bar", options=options, config=KEYPOINTS)
+            assert list(cfg.TEST.KEYPOINT_OKS_SIGMAS) == sigmas
 
     @pytest.mark.parametrize(
         ("metadata", "message"),
         [
             ({"thing_classes": ["dog", "cat"]}, "number 1 is 'cat' there, 'dog' in the model"),
-            (
-                {"keypoint_names": ["right_end", "left_end"]},
-                "keypoints of .* 1 is 'left_end' there",
-            ),
+            ({"keypoint_names": ["right_end", "left_end"]}, "points of .* 1 is 'left_end' there"),
         ],
     )
-    @pytest.mark.parametrize("resume", [False, True])
-    def test_other_names(self, metadata, message, resume, weights, changed, read):
-        weights = weights(**metadata)
-        data = changed("test", "cat", "dog")
-        arguments = ["--resume", *changed("train", "cat", "dog")] if resume else ["--eval-only"]
+    @pytest.mark.parametrize("flags", ["--eval-only", "--resume"])
+    def test_other_names(self, metadata, message, flags, weights, read):
+        options, train = weights(**metadata) + SIGMAS, "cat dog" if flags == "--resume" else None
         with pytest.raises(ValueError, match=message):
-            read(*arguments, *data, *weights, *SIGMAS, config=KEYPOINTS)
+            read(flags, train=train, test="cat dog", options=options, config=KEYPOINTS)
+        read(train="cat dog", test="cat dog", options=options, config=KEYPOINTS)  # another training
 
-    def test_another_training_from_it(self, weights, changed, read):
-        weights = weights(thing_classes=["dog", "cat"])
-        read(*changed("train", "cat", "dog"), *weights)
-
-    def test_coco_for_a_custom_model(self, coco, weights, read):
-        with pytest.raises(ValueError, match="coco_2017_val in .* has 80 classes, .* model has 2"):
-            read("--eval-only", *weights(thing_classes=["cat", "dog"]))
-
+    @pytest.mark.usefixtures("coco")
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["MODEL.WEIGHTS", ""], "--eval-only needs weights, but MODEL.WEIGHTS is empty"),
-            (["DATASETS.TEST", "()"], "DATASETS.TEST is empty: give --test-json"),
+            ("MODEL.WEIGHTS ''", "--eval-only needs weights, but MODEL.WEIGHTS is empty"),
+            ("DATASETS.TEST ()", "DATASETS.TEST is empty: give --test-json"),
+            ("", "coco_2017_val in .* has 80 classes, .* model has 2"),
         ],
     )
     def test_nothing_to_evaluate(self, options, message, weights, read):
+        given = weights(thing_classes=["cat", "dog"])
         with pytest.raises(ValueError, match=message):
-            read("--eval-only", *weights(), *options)
+            read("--eval-only", options=given + options)
 
-    def test_training_data_do_not_matter(self, weights, changed, read):
+    def test_training_data_do_not_matter(self, weights, read):
         """The config.yaml of a training names custom_train, which a new process does not know."""
-        options = [*weights(), *SIGMAS, "DATASETS.TRAIN", "('custom_train',)"]
-        cfg = read("--eval-only", *changed("test", "cat"), *options, config=KEYPOINTS)
+        options = f"{weights()} {SIGMAS} DATASETS.TRAIN ('custom_train',)"
+        cfg = read("--eval-only", test="cat", options=options, config=KEYPOINTS)
         assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 1
         assert data_set_notes(cfg) == []
 
@@ -241,40 +216,36 @@ class TestTrainedModel:
 class TestRegistered:
     """Data sets that someone's code has registered."""
 
+    MINE = "DATASETS.TRAIN ('mine',) DATASETS.TEST ()"
+
     @pytest.fixture
-    def register(self, custom_data):
-        def register(name, **metadata):
-            DatasetCatalog.register(name, list)
-            MetadataCatalog.get(name).set(**metadata)
-            return name
+    def register(self):
+        def register(**metadata):
+            DatasetCatalog.register("mine", list)
+            MetadataCatalog.get("mine").set(**metadata)
 
         yield register
-        if "mine" in DatasetCatalog.list():
-            DatasetCatalog.remove("mine")
-            MetadataCatalog.remove("mine")
+        DatasetCatalog.remove("mine")
+        MetadataCatalog.remove("mine")
 
     @pytest.mark.parametrize("metadata", [{}, {"evaluator_type": "lvis"}])
-    def test_of_another_type(self, metadata, register, changed, read):
-        register("mine", thing_classes=["bar"], **metadata)
+    def test_of_another_type(self, metadata, register, read):
+        register(thing_classes=["bar"], **metadata)
         given = metadata.get("evaluator_type")
-        with pytest.raises(
-            ValueError, match=f"evaluator_type of 'mine' must be 'coco', got {given!r}"
-        ):
-            read(*changed("train"), "DATASETS.TEST", "('mine',)")
+        with pytest.raises(ValueError, match=f"type of 'mine' must be 'coco', got {given!r}"):
+            read(train="bar", options="DATASETS.TEST ('mine',)")
 
     def test_to_train_on(self, register, read):
         """detectron2 needs no evaluator_type there."""
-        register("mine", thing_classes=["thing"] * 80)
-        assert read("DATASETS.TRAIN", "('mine',)", "DATASETS.TEST", "()").DATASETS.TRAIN == (
-            "mine",
-        )
+        register(thing_classes=["thing"] * 80)
+        assert read(options=self.MINE).DATASETS.TRAIN == ("mine",)
 
     def test_names_are_not_known_yet(self, register, custom_data, read):
         """detectron2 learns them when it loads."""
         register_coco_instances("mine", {}, str(custom_data), "images")
-        read("DATASETS.TRAIN", "('mine',)", "DATASETS.TEST", "('mine',)")
+        read(options="DATASETS.TRAIN ('mine',) DATASETS.TEST ('mine',)")
 
     def test_keypoints(self, register, read):
-        register("mine", thing_classes=["person"])
+        register(thing_classes=["person"])
         with pytest.raises(ValueError, match="KEYPOINT_ON is True, but mine in DATASETS.TRAIN"):
-            read("DATASETS.TRAIN", "('mine',)", "DATASETS.TEST", "()", config=KEYPOINTS)
+            read(options=self.MINE, config=KEYPOINTS)
