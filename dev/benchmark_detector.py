@@ -57,7 +57,7 @@ def synchronized_time() -> float:
 
 
 def build_detectors(cfg: CfgNode) -> tuple[nn.Module, nn.Module]:
-    """Build a detector without and one with blocks, both with as many detections as possible.
+    """Build a detector without blocks and one with them, both with as many detections as possible.
 
     New blocks are the identity, so both find the same objects; more proposals take more time.
     """

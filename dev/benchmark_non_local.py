@@ -1,9 +1,9 @@
 """Compare time and memory of the block's paths with each other and with other libraries' blocks.
 
-All have the same weights and, within 1e-5, the same output, and take turns in one process. A cell
-of the table shows the median ratio of the time to that of the "naive" path, and the memory: the
-increase at the peak, in a separate process; on a CPU, of resident memory. mmcv, pytorchvideo and
-timm take part if they are installed: `make peers` puts them into build/peers, for PYTHONPATH.
+All blocks have the same weights and, within 1e-5, the same output; they alternate in one process.
+A cell of the table shows the median ratio of the time to that of the "naive" path, and the memory:
+the increase at the peak, in a separate process; on a CPU, of resident memory. mmcv, pytorchvideo
+and timm take part if they are installed: `make peers` puts them into build/peers, for PYTHONPATH.
 
     python dev/benchmark_non_local.py                                        # takes an hour
     python dev/benchmark_non_local.py --shapes res4 --pairwise dot_product

@@ -127,7 +127,7 @@ def training_parser(description: str) -> argparse.ArgumentParser:
         metavar="N",
         help="rank of this machine, from 0 (default: %(default)s)",
     )
-    # One port per user, as in detectron2; a second run of the same user fails, as it is in use.
+    # One port per user, as in detectron2: a second run of the same user fails, as it is taken.
     port = 2**15 + 2**14 + hash(os.getuid() if hasattr(os, "getuid") else 1) % 2**14
     parser.add_argument(
         "--dist-url",

@@ -1,8 +1,8 @@
 """Convert weights between this package, detectron2, and other libraries with ResNets or blocks.
 
-Files are .pth, .pt, .pyth, .pkl or .safetensors. What weights do not reveal about a block, such as
-its subsampling, is taken from --config-file or --block. The settings printed at the end belong in
-the config.
+Files are .pth, .pt, .pyth, .pkl or .safetensors. Settings of a block that the weights do not
+determine, such as its subsampling, come from --config-file or --block. Put the settings printed at
+the end into the config.
 
     nl-detectron convert resnet50.pth R-50.pkl --from torchvision --to detectron2
     nl-detectron convert i3d_nl.pth blocks.pth --from mmcv --to nl_detectron --dim 2

@@ -1,8 +1,8 @@
 """Test whether a model can overfit a few images of a data set.
 
-Selects the first images of a COCO json that have objects (for keypoint models: labelled persons),
-trains on them like `nl-detectron train`, and evaluates on the same images. A correct setup reaches
-a high AP; one with wrong labels, boxes or weights does not.
+Selects the first images of a COCO json that have objects (for keypoint models: with labelled
+keypoints), trains on them like `nl-detectron train`, and evaluates on the same images. A correct
+setup reaches a high AP; one with wrong labels, boxes or weights does not.
 
     nl-detectron overfit \\
         --config-file quick_schedules/mask_rcnn_R_18_NL_FPN_overfit.yaml \\

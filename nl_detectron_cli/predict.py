@@ -43,7 +43,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--output",
         type=Path,
-        help="folder for the drawn images or video, under their own names; for a video, also an "
+        help="folder for the drawn images or video, which keep their names; for a video, also an "
         ".mp4 file",
     )
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Parameters, multiply-adds and memory of a block, found without computing anything.
+"""Compute the parameters, multiply-adds and memory of a block without running it.
 
 Passes run on tensors without data (PyTorch's ``FakeTensorMode``), which take the same paths and
 save the same tensors as real ones.

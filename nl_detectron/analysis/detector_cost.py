@@ -1,4 +1,4 @@
-"""Parameters, computation and memory that non-local blocks add to a detector.
+"""Compute the parameters, computation and memory that non-local blocks add to a detector.
 
 Networks are built on the meta device, so nothing is computed or downloaded.
 """

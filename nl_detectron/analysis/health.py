@@ -42,7 +42,7 @@ class BlockHealth(NamedTuple):
 
 
 def entropy(attention: Tensor) -> float:
-    """Mean entropy of the rows divided by log K: 1 for uniform rows, 0 for one-hot rows.
+    """Return the mean entropy of the rows over log K: 1 for uniform rows, 0 for one-hot rows.
 
     Rows that are not distributions (dot product, concatenation) are normalized to
     |a_j| / sum_k |a_k|. Rows of zeros are ignored.
@@ -59,10 +59,11 @@ def entropy(attention: Tensor) -> float:
 
 
 def query_dependence(attention: Tensor) -> float:
-    """Mean total variation distance 1/2 sum_k |p_ik - p_jk| between the rows i != j of a sample.
+    """Return the mean total variation distance between the rows of a sample.
 
-    0: all queries attend to the same positions, as `GCNet <https://arxiv.org/abs/1904.11492>`_
-    found in detection. 1: no two queries share a key. Rows are normalized as in :func:`entropy`.
+    It is 1/2 sum_k |p_ik - p_jk|, averaged over i != j. 0: all queries attend to the same
+    positions, as `GCNet <https://arxiv.org/abs/1904.11492>`_ found in detection. 1: no two queries
+    share a key. Rows are normalized as in :func:`entropy`.
 
     Args:
         attention: (N, Q, K).

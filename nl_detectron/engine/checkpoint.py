@@ -94,8 +94,8 @@ class StrictCheckpointer(DetectionCheckpointer):
         except OSError:
             raise
         except pickle.UnpicklingError as error:
-            raise ValueError("the file holds other objects than tensors") from error
-        except Exception as error:  # broken files raise many types
+            raise ValueError("the file holds objects other than tensors") from error
+        except Exception as error:  # broken files raise many kinds of errors
             raise ValueError(f"the file cannot be read as a checkpoint: {error!r}") from error
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def _abbreviate(names: Iterable[str]) -> str:
 
 
 def _keys_of_deeper_layers(unexpected: Iterable[str], known: Iterable[str]) -> list[str]:
-    """Return the keys of numbered layers that the model does not have next to its own.
+    """Return the keys of layers whose number the model does not have in the same place.
 
     A checkpoint may lack the backbone's prefix: "res4.6.conv1.weight" is deeper than
     "backbone.bottom_up.res4.5.conv1.weight".

@@ -104,7 +104,7 @@ class Images(_FrameSource):
         for file in self._files:
             try:
                 image = _read_image(file)
-            except Exception as error:  # broken files raise many types
+            except Exception as error:  # broken files raise many kinds of errors
                 self.skip(file.name, error)
             else:
                 yield Frame(file.name, self._id(file), image)

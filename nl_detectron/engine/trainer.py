@@ -57,7 +57,7 @@ class StrictTrainer(engine.DefaultTrainer):
         return StrictCheckpointer(model, cfg.OUTPUT_DIR, backbone_prefix=prefix, **options)
 
     def build_hooks(self) -> list:
-        """Build the stock hooks, the first step of ``__init__`` that needs the checkpointer."""
+        """Create the checkpointer, which is first needed here, and build the stock hooks."""
         self.checkpointer = self.build_checkpointer(
             self.cfg,
             self._trainer.model,

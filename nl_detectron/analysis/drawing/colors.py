@@ -91,7 +91,7 @@ class ColorScale:
 
 
 def _colormap(signed: bool, opaque: bool) -> ListedColormap:
-    """A perceptually uniform color map, safe for common color vision deficiencies."""
+    """Return a perceptually uniform color map, safe for common color vision deficiencies."""
     places = np.linspace(0, 1, 257)
     if signed:  # orange is negative, purple positive
         colors, sizes = matplotlib.colormaps["PuOr"](places), np.abs(2 * places - 1)
@@ -103,7 +103,7 @@ def _colormap(signed: bool, opaque: bool) -> ListedColormap:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten, with their multiples by 2 and 5 if that gives at most six ticks."""
+    """Return powers of ten, with their multiples by 2 and 5 if these are at most six ticks."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1, 2, 5), (1,)):
         ticks = [factor * 10.0**power for power in powers for factor in factors]

@@ -15,8 +15,7 @@ _OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l"}
 def flip_pairs(names: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
     """Find the pairs of left and right keypoints of a skeleton.
 
-    Two names form a pair if they differ in a single side marker: "left" and "right", or "l" and
-        "r",
+    Two names form a pair if they differ in a single side marker, "left" and "right" or "l" and "r",
     in any case, at the beginning or end of a word.
 
     Args:
