@@ -15,7 +15,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nl_detectron_cli.arguments import add_config_file, add_opts, at_least, command_parser
+from nl_detectron_cli.arguments import (
+    add_config_file,
+    add_integer,
+    add_opts,
+    at_least,
+    command_parser,
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -30,24 +36,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar=("H", "W"),
         help="input size before padding (default: 800 1333)",
     )
-    parser.add_argument(
-        "--proposals",
-        type=at_least(1),
-        default=1000,
-        help="number of RoIs of the box head (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--detections",
-        type=at_least(1),
-        default=100,
-        help="number of RoIs of the other heads (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=at_least(1),
-        default=1,
-        help="images per batch, for the cost of each block (default: %(default)s)",
-    )
+    add_integer(parser, "--proposals", 1000, "number of RoIs of the box head")
+    add_integer(parser, "--detections", 100, "number of RoIs of the other heads")
+    add_integer(parser, "--batch-size", 1, "images per batch, for the cost of each block")
     add_opts(parser)
     return parser.parse_args(argv)
 

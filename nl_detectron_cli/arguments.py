@@ -21,6 +21,19 @@ def at_least(minimum: int) -> Callable[[str], int]:
     return parse
 
 
+def add_integer(
+    parser: argparse._ActionsContainer, option: str, default: int, help: str, minimum: int = 1
+) -> None:
+    """Add an integer option of at least ``minimum``."""
+    parser.add_argument(
+        option,
+        type=at_least(minimum),
+        default=default,
+        metavar="N",
+        help=f"{help} (default: %(default)s)",
+    )
+
+
 def config_file(text: str) -> str:
     """Argparse type: the path of a config, or its name in the model zoo. Returns the path.
 
@@ -103,30 +116,12 @@ def training_parser(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--eval-only", action="store_true", help="evaluate only")
     processes = parser.add_mutually_exclusive_group()
-    processes.add_argument(
-        "--num-gpus",
-        type=at_least(1),
-        default=1,
-        metavar="N",
-        help="number of GPUs per machine (default: %(default)s)",
-    )
+    add_integer(processes, "--num-gpus", 1, "number of GPUs per machine")
     processes.add_argument(
         "--num-processes", type=at_least(1), metavar="N", help="number of CPU processes per machine"
     )
-    parser.add_argument(
-        "--num-machines",
-        type=at_least(1),
-        default=1,
-        metavar="N",
-        help="number of machines (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--machine-rank",
-        type=at_least(0),
-        default=0,
-        metavar="N",
-        help="rank of this machine, from 0 (default: %(default)s)",
-    )
+    add_integer(parser, "--num-machines", 1, "number of machines")
+    add_integer(parser, "--machine-rank", 0, "rank of this machine, from 0", minimum=0)
     # One port per user, as in detectron2: a second run of the same user fails, as it is taken.
     port = 2**15 + 2**14 + hash(os.getuid() if hasattr(os, "getuid") else 1) % 2**14
     parser.add_argument(

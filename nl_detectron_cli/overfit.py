@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from nl_detectron_cli import train
-from nl_detectron_cli.arguments import add_config_file, add_opts, at_least, command_parser
+from nl_detectron_cli.arguments import add_config_file, add_integer, add_opts, command_parser
 
 
 def first_images(data: dict[str, Any], count: int, max_objects: int) -> dict[str, Any]:
@@ -54,15 +54,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_config_file(parser)
     parser.add_argument("--json", type=Path, required=True, help="COCO annotations")
     parser.add_argument("--images", required=True, help="image folder of --json")
-    parser.add_argument(
-        "--count", type=at_least(1), default=8, help="number of images (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max-objects",
-        type=at_least(1),
-        default=10,
-        help="skip images with more objects (default: %(default)s)",
-    )
+    add_integer(parser, "--count", 8, "number of images")
+    add_integer(parser, "--max-objects", 10, "skip images with more objects")
     add_opts(parser)
     return parser.parse_args(argv)
 

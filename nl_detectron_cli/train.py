@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from nl_detectron_cli.arguments import at_least, load_options, training_parser
+from nl_detectron_cli.arguments import add_integer, load_options, training_parser
 from nl_detectron_cli.threads import limit_thread_spinning
 
 if TYPE_CHECKING:
@@ -23,13 +23,12 @@ if TYPE_CHECKING:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the arguments, without slow imports."""
     parser = training_parser(__doc__)
-    parser.add_argument(
+    add_integer(
+        parser,
         "--health-period",
-        type=at_least(0),
-        default=0,
-        metavar="N",
-        help="log the health of the non-local blocks every N iterations; 0: never (default: "
-        "%(default)s)",
+        0,
+        "log the health of the blocks every N iterations; 0: never",
+        minimum=0,
     )
     args = parser.parse_args(argv)
     if args.eval_only and (args.allow_missing or args.strip_blocks or args.scale_lr):
