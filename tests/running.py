@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -21,33 +22,44 @@ NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA 
 TINY = """
     SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 2 SOLVER.STEPS () SOLVER.WARMUP_ITERS 0
     DATALOADER.NUM_WORKERS 0 INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64 SEED 3
-    MODEL.RPN.POST_NMS_TOPK_TEST 20 MODEL.FPN.OUT_CHANNELS 32
-    MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0
+    MODEL.FPN.OUT_CHANNELS 32 MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0 TEST.EVAL_PERIOD 0
+    MODEL.RPN.POST_NMS_TOPK_TRAIN 20 MODEL.RPN.POST_NMS_TOPK_TEST 20
     MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS (32,32,32,32,32,32,32,32)
-    MODEL.RPN.POST_NMS_TOPK_TRAIN 20
 """.split()
 
 
-def run(*command, hook=False, datasets=None, cwd=ROOT):
+def words(*parts):
+    """The words of a command line; those without spaces may stand in one string."""
+    return [word for part in parts for word in str(part).split()]
+
+
+def run(*command, hook=False, datasets=None, code=0):
+    """Run a script with Python at the root of the repository; it must exit with ``code``."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("DETECTRON2_")}
     env["OMP_NUM_THREADS"] = "1"
     if hook:
         env["DETECTRON2_ENV_MODULE"] = "nl_detectron.env"
     if datasets:
         env["DETECTRON2_DATASETS"] = str(datasets)
-    command = [sys.executable, *map(str, command)]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    command = [sys.executable, *words(*command)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    return done
 
 
-def launched(command, main, *words):
-    """Read the words as a command does that trains, then run ``main`` instead of its own."""
-    launch(main, command.parse_args([str(word) for word in words]), read_config, command.check)
+def metrics(output):
+    """What a training logged."""
+    return [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+
+
+def launched(command, main, *arguments):
+    """Read the arguments as a command does that trains, then run ``main`` instead of its own."""
+    launch(main, command.parse_args(words(*arguments)), read_config, command.check)
 
 
 def custom_data_arguments(json_file, *splits):
     for split in splits:
-        yield from (f"--{split}-json", json_file)
-        yield from (f"--{split}-images", json_file.parent / "images")
+        yield f"--{split}-json {json_file} --{split}-images {json_file.parent / 'images'}"
 
 
 def forget_custom_data():

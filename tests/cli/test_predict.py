@@ -149,14 +149,6 @@ def test_stop_keeps_what_is_done(predict, images, tmp_path, capsys, number):
     assert f"{len(done)} images done, 0 skipped" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("name", "image_id"), [("000000000139.png", 139), ("cat.png", "cat")])
-def test_ids_without_annotations(predict, name, image_id, images, tmp_path):
-    image, found = tmp_path / name, tmp_path / "found.json"
-    image.write_bytes((images / "1.png").read_bytes())
-    predict(image, "--json", found, annotations=None)
-    assert {(a["image_id"], a["category_id"]) for a in read(found)} == {(image_id, 1)}
-
-
 def test_images_of_one_id(predict, images, tmp_path, capsys):
     for name in ("a.png", "a.jpg"):
         (tmp_path / name).write_bytes((images / "1.png").read_bytes())
@@ -166,46 +158,51 @@ def test_images_of_one_id(predict, images, tmp_path, capsys):
         predict(tmp_path, "--json", tmp_path / "found.json")
 
 
-class TestNamesWithTheWeights:
-    """The checkpoint tells what its class is; the process knows no data set of that name."""
+@pytest.fixture
+def named(weights, tmp_path):
+    """The same with the name of its class; the process knows no data set of that name."""
+    names = {"keypoint_names": ["left_end", "right_end"]}
+    metadata = {"thing_classes": ["bar"], "category_ids": [999], **names}
+    torch.save({**torch.load(weights), "metadata": metadata}, tmp_path / "named.pth")
+    return tmp_path / "named.pth"
 
-    METADATA = {
-        "thing_classes": ["bar"],
-        "category_ids": [999],
-        "keypoint_names": ["left_end", "right_end"],
-    }
 
-    @pytest.fixture
-    def named(self, weights, tmp_path):
-        path = tmp_path / "named.pth"
-        torch.save({**torch.load(weights), "metadata": self.METADATA}, path)
-        return path
+@pytest.mark.parametrize(
+    ("checkpoint", "annotations", "name", "found"),
+    [
+        ("weights", None, "000000000139.png", (139, 1)),
+        ("weights", None, "cat.png", ("cat", 1)),
+        ("named", None, "1.png", (1, 999)),
+        ("named", "custom_data", "1.png", (1, 999)),  # there, the category is 3
+    ],
+)
+def test_ids(checkpoint, annotations, name, found, predict, images, tmp_path, request):
+    image, results = tmp_path / name, tmp_path / "found.json"
+    image.write_bytes((images / "1.png").read_bytes())
+    options = "--json", results, "DATASETS.TEST", "('custom_test',)"
+    annotations = annotations and request.getfixturevalue(annotations)
+    weights = request.getfixturevalue(checkpoint)
+    predict(image, *options, weights=weights, annotations=annotations)
+    assert {(a["image_id"], a["category_id"]) for a in read(results)} == {found}
 
-    def test_category_ids(self, predict, images, named, tmp_path):
-        unknown = ("DATASETS.TEST", "('custom_test',)")
-        for named_by in (None, images.parent / "bars.json"):  # there, the id is 3
-            found = tmp_path / "found.json"
-            options = ("--json", found, *unknown)
-            predict(images / "1.png", *options, weights=named, annotations=named_by)
-            assert {result["category_id"] for result in read(found)} == {999}
 
-    def test_other_annotations(self, predict, images, named, tmp_path):
-        content = read(images.parent / "bars.json")
-        content["categories"][0]["name"] = "rod"
-        other = tmp_path / "rods.json"
-        other.write_text(json.dumps(content))
-        options = (images, "--json", tmp_path / "found.json")
-        with pytest.raises(SystemExit, match="rods.json do not .*'rod' there, 'bar' in the model"):
-            predict(*options, weights=named, annotations=other)
-        predict(*options, annotations=other)  # nothing is known with the weights
-
-    def test_another_number(self, predict, images, named, tmp_path):
-        content = read(images.parent / "bars.json")
-        content["categories"].append({"id": 8, "name": "rod"})
-        other = tmp_path / "rods.json"
-        other.write_text(json.dumps(content))
-        with pytest.raises(SystemExit, match="rods.json has 2 classes, but the model has 1"):
-            predict(images, "--json", tmp_path / "found.json", weights=named, annotations=other)
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["rod"], "rods.json do not .*'rod' there, 'bar' in the model"),
+        (["bar", "rod"], "rods.json has 2 classes, but the model has 1"),
+    ],
+)
+def test_annotations_of_other_classes(names, message, predict, images, named, tmp_path):
+    content = read(images.parent / "bars.json")
+    (category,) = content["categories"]
+    content["categories"] = [{**category, "id": 3 + i, "name": n} for i, n in enumerate(names)]
+    rods = tmp_path / "rods.json"
+    rods.write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match=message):
+        predict(images, "--json", tmp_path / "found.json", weights=named, annotations=rods)
+    if len(names) == 1:  # nothing is known with the weights
+        predict(images, "--json", tmp_path / "found.json", annotations=rods)
 
 
 def test_video(predict, images, tmp_path):
@@ -245,12 +242,5 @@ def test_mistakes(predict, images, weights, custom_data, tmp_path):
     refuse("folder .*text.mp4 cannot be created: File exists", images, "--json", text / "x.json")
     refuse("cannot be written: Is a directory", images, "--json", empty)
     refuse("lost.json does not exist", annotations=tmp_path / "lost.json")
-    state = torch.load(weights)["model"]
-    lost = {name: value for name, value in state.items() if "res4.1" not in name}
-    torch.save({"model": lost}, tmp_path / "shallow.pth")
-    refuse("lacks .*res4.1.*another depth", weights=tmp_path / "shallow.pth")
-    deep = {**state, "backbone.bottom_up.res4.2.conv1.weight": torch.zeros(1)}
-    torch.save({"model": deep}, tmp_path / "deep.pth")
-    refuse("does not have: .*res4.2.conv1", weights=tmp_path / "deep.pth")
     stock = ("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone")
     refuse("does not have: .*non_local0", images, *stock)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 
-from nl_detectron.engine.coco.evaluation import Evaluator
+from nl_detectron.engine.coco.trainer import CocoTrainer
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def evaluate(cfg, custom_data_name, custom_data, tmp_path):
     cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.1, 0.1]
 
     def evaluate(found):
-        evaluator = Evaluator(cfg, custom_data_name)
+        evaluator = CocoTrainer.build_evaluator(cfg, custom_data_name)
         evaluator.reset()
         for a in json.loads(custom_data.read_text())["annotations"]:
             x, y, width, height = a["bbox"]

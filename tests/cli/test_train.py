@@ -1,0 +1,132 @@
+"""Training, resuming and evaluating on a custom data set."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.utils.env import seed_all_rng
+
+from nl_detectron.config import load_config
+from nl_detectron_cli import train
+from tests.running import QUICK, TINY, custom_data_arguments, launched, metrics, run, words
+
+CONFIG = QUICK / "mask_rcnn_R_18_NL_FPN_overfit.yaml"
+KEYPOINTS = QUICK / "keypoint_rcnn_R_18_NL_FPN_NLhead_overfit.yaml"
+BLOCK = "backbone.bottom_up.res4.non_local0"
+
+
+def test_keypoints_train_resume_and_evaluate(custom_data, tmp_path):
+    command = ["tools/train_net.py --config-file", KEYPOINTS]
+    data = custom_data_arguments(custom_data, "train", "test")
+    flags = [*data, "--health-period 1 --resume --scale-lr OUTPUT_DIR", tmp_path, *TINY]
+    options = "SOLVER.IMS_PER_BATCH 1 SOLVER.CHECKPOINT_PERIOD 1 TEST.KEYPOINT_OKS_SIGMAS (0.1,0.1)"
+    seen = 0
+    for iterations in (2, 3):  # the second time, one more
+        done = run(*command, *flags, options, "SOLVER.MAX_ITER", iterations)
+        lines = metrics(tmp_path)[seen:]
+        seen += len(lines)
+        logged = {key: value for line in lines for key, value in line.items()}
+        assert {"bbox/AP", "keypoints/AP"} <= set(logged)
+        assert "| SOLVER.BASE_LR | 0.01 | 0.005 | |" in done.stdout  # half the config's batch
+        assert "  BASE_LR: 0.005\n" in (tmp_path / "config.yaml").read_text()
+        ratio = logged[f"non_local/{BLOCK}/residual_ratio"]
+        assert ratio > 0
+        line = f"iter: {iterations - 1}  {BLOCK}: residual ratio {ratio:.3g}, entropy 0."
+        assert line in done.stdout
+    assert "Starting training from iteration 2" in done.stdout + done.stderr
+    checkpoint = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    assert checkpoint["metadata"]["keypoint_oks_sigmas"] == [0.1, 0.1]
+    assert checkpoint["metadata"]["thing_classes"] == ["bar"]
+    assert checkpoint["metadata"]["category_ids"] == [3]
+    assert json.loads((tmp_path / "metadata.json").read_text()) == checkpoint["metadata"]
+    periodic = torch.load(tmp_path / "model_0000000.pth", weights_only=True)
+    assert periodic["metadata"] == checkpoint["metadata"]
+    model = checkpoint["model"]
+    assert model["roi_heads.box_predictor.cls_score.weight"].shape[0] == 1 + 1
+    assert model["roi_heads.keypoint_head.score_lowres.weight"].shape[1] == 2
+
+    # A new process knows what was stored, and finds the AP that the training found.
+    flags = ["--eval-only", *custom_data_arguments(custom_data, "test")]
+    options = ["OUTPUT_DIR", tmp_path / "again", "MODEL.WEIGHTS", tmp_path / "model_final.pth"]
+    done = run(*command, *flags, *options, *TINY)
+    rows = [line.split(": ")[-1] for line in done.stdout.splitlines() if "copypaste" in line]
+    for task in ("bbox", "keypoints"):
+        ap = rows[rows.index(task) + 2].split(",")[0]
+        assert float(ap) == pytest.approx(logged[f"{task}/AP"], abs=1e-4)
+    found = json.loads((tmp_path / "again/inference/coco_instances_results.json").read_text())
+    assert {a["category_id"] for a in found} == {3}
+    assert {a["image_id"] for a in found} == {1, 2, 3, 4}
+
+
+def free_url():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{s.getsockname()[1]}"
+
+
+def test_two_processes_take_the_step_of_one(custom_data, tmp_path):
+    """RPN alone: the heads' losses are means over samples whose number differs by image."""
+    rpn = "MODEL.META_ARCHITECTURE ProposalNetwork MODEL.RPN.BATCH_SIZE_PER_IMAGE 100000"
+    options = words(*TINY, rpn, "MODEL.MASK_ON False SOLVER.MAX_ITER 1 SOLVER.BASE_LR 0.1")
+    models = []
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        command = ["tools/train_net.py --config-file", CONFIG, "--dist-url", free_url()]
+        command += ["--num-processes", processes, *custom_data_arguments(custom_data, "train")]
+        run(*command, "--health-period 1 OUTPUT_DIR", output, *options)
+        models.append(torch.load(output / "model_final.pth", weights_only=False)["model"])
+        (logged,) = metrics(output)  # by one of the processes
+        assert 0 < logged[f"non_local/{BLOCK}/entropy"] <= 1
+    seed_all_rng(3)
+    new = build_model(load_config(CONFIG, [*options, "MODEL.DEVICE", "cpu"])).state_dict()
+    moved = 0
+    for name, value in models[0].items():
+        torch.testing.assert_close(value, models[1][name], rtol=1e-4, atol=1e-6, msg=name)
+        moved += name in new and not torch.equal(value, new[name])
+    assert moved > 50
+
+
+def test_evaluation_needs_the_complete_model(custom_data, tmp_path):
+    state = build_model(load_config(CONFIG, [*TINY, "MODEL.ROI_HEADS.NUM_CLASSES", 1])).state_dict()
+    state = {name: value for name, value in state.items() if "bottom_up" in name}
+    torch.save({"model": state}, tmp_path / "model.pth")
+    arguments = "--eval-only --config-file", CONFIG, *custom_data_arguments(custom_data, "test")
+    options = "OUTPUT_DIR", tmp_path, "MODEL.WEIGHTS", tmp_path / "model.pth"
+    with pytest.raises(SystemExit, match=r"weights .*model.pth: .* A backbone is not enough"):
+        launched(train, train.train, *arguments, *options, *TINY)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "the following arguments are required: --config-file"),
+        ("--health-period -1", "argument --health-period: must be 0 or more, got -1"),
+        ("--eval-only --allow-missing=roi_heads", "are for training"),
+        ("--eval-only --allow-partial", "are for training"),
+        ("--eval-only --strip-blocks", "are for training"),
+        ("--eval-only --scale-lr", "are for training"),
+    ],
+)
+def test_wrong_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        train.parse_args(words("--config-file", CONFIG, arguments) if arguments else [])
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("policy", "spins"), [(None, 1000), ("passive", 0)])
+def test_threads_soon_sleep_when_they_wait(policy, spins, monkeypatch):
+    """As OpenMP itself tells, when the tool imports PyTorch; then a mistake ends it."""
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "verbose")
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    if policy:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    done = run("tools/train_net.py --config-file Base-RCNN-FPN.yaml SEEDS 1", code=1)
+    assert re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr) == [str(spins)]
+    assert done.stderr.splitlines()[-1] == "Non-existent key: SEEDS; did you mean SEED?"
