@@ -11,15 +11,14 @@ import pytest
 import torch
 import yaml
 from detectron2 import model_zoo
-from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.config import LazyConfig, instantiate
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from omegaconf import OmegaConf
 from torch import nn
 
-from nl_detectron import NonLocalBlock, add_non_local_config
-from nl_detectron.config import without_blocks
-from nl_detectron.engine.checkpoint import StrictCheckpointer
+from nl_detectron.config import default_config, without_blocks
+from nl_detectron.non_local import find_blocks
 from tests.running import ROOT
 
 CONFIGS = ROOT / "configs"
@@ -77,8 +76,7 @@ each_yaml_leaf = pytest.mark.parametrize("leaf", YAML_BLOCKS)
 
 
 def load_yaml(path):
-    cfg = get_cfg()
-    add_non_local_config(cfg)
+    cfg = default_config()
     cfg.merge_from_file(str(path))
     cfg.MODEL.DEVICE = "meta"  # shapes without numbers: all models are built in seconds
     return cfg
@@ -113,10 +111,6 @@ def parameters(model):
     return {name: (tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()}
 
 
-def blocks(model):
-    return [name for name, module in model.named_modules() if isinstance(module, NonLocalBlock)]
-
-
 def settings(model):
     """What a model knows besides tensors: the plain attributes of its modules and their helpers."""
 
@@ -141,27 +135,23 @@ def settings(model):
 
 
 @pytest.mark.parametrize(("suffix", "expected"), [(".yaml", YAML_BLOCKS), (".py", BLOCKS)])
-def test_every_file_is_expected_and_has_a_twin(suffix, expected):
+def test_every_file_is_expected(suffix, expected):
     files = [path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.rglob(f"*{suffix}")]
     leaves = [f for f in files if not f.name.startswith("Base-") and f.parts[0] != "common"]
     assert sorted(leaf.as_posix() for leaf in leaves) == sorted(expected)
+    for path in CONFIGS.rglob("*.yaml"):
+        yaml.safe_load(path.read_text())  # which runs no code
 
 
 @each_leaf
 @pytest.mark.parametrize("suffix", [".yaml", ".py"])
 def test_first_line_names_the_row_of_the_paper(leaf, suffix):
     first_line = (CONFIGS / f"{leaf}{suffix}").read_text().splitlines()[0]
-    row = LEAVES[leaf][0]
-    if row:
+    if row := LEAVES[leaf][0]:
         assert first_line == f"# {FIRST_LINES[row]} (paper, not reproduced here)"
     else:
         start = "# Short run of " if leaf in INSTANT else "# No row in the paper: "
         assert first_line.startswith(start)
-
-
-def test_yaml_files_run_no_code():
-    for path in CONFIGS.rglob("*.yaml"):
-        yaml.safe_load(path.read_text())
 
 
 @pytest.mark.parametrize(
@@ -189,42 +179,47 @@ def test_legend_of_presets():
     assert found == {(depth, n): sizes[n] for depth in (50, 101) for n in sizes}
 
 
-def assert_blocks_are(model, expected):
-    assert blocks(model) == expected
-    for name in expected:
+@each_yaml_leaf
+def test_blocks_are_where_the_paper_has_them(leaf):
+    model = yaml_model(leaf)
+    assert list(find_blocks(model)) == YAML_BLOCKS[leaf]
+    for name, block in find_blocks(model).items():
         parent, _, child = name.rpartition(".")
-        children = [child_name for child_name, _ in model.get_submodule(parent).named_children()]
+        children = [name for name, _ in model.get_submodule(parent).named_children()]
         number = child[len("non_local") :]
         previous = f"conv_fcn_relu{number}" if "head" in parent else number
         assert children[children.index(child) - 1] == previous
-        block = model.get_submodule(name)
         assert block.norm is None
         assert block.subsample == (1 if "head" in parent else 2)
 
 
 @each_yaml_leaf
-def test_blocks_are_where_the_paper_has_them(leaf):
-    assert_blocks_are(yaml_model(leaf), YAML_BLOCKS[leaf])
+def test_blocks_add_parameters_and_change_none(leaf):
+    """So a checkpoint of the model without them has all that the rest needs, by its names."""
+    with torch.device("meta"):
+        stock = build_model(without_blocks(load_yaml(CONFIGS / f"{leaf}.yaml")))
+    for kind in (parameters, shapes):
+        ours = kind(yaml_model(leaf))
+        added = {name: ours.pop(name) for name in list(ours) if ".non_local" in name}
+        assert ours == kind(stock)
+        assert len(added) == 8 * len(YAML_BLOCKS[leaf])  # weight, bias: theta, phi, g, conv_out
+        assert all(p.requires_grad for n, p in yaml_model(leaf).named_parameters() if n in added)
 
 
 @each_leaf
-def test_lazy_blocks_are_where_the_paper_has_them(leaf):
-    assert_blocks_are(lazy_model(leaf), BLOCKS[leaf])
-
-
-@each_leaf
-def test_twins_have_the_same_parameters_and_settings(leaf):
+def test_lazy_config_builds_the_same_model(leaf):
+    """Its layers, in their order, their parameters and settings."""
     assert shapes(yaml_model(leaf)) == shapes(lazy_model(leaf))
     assert parameters(yaml_model(leaf)) == parameters(lazy_model(leaf))
     ours, theirs = settings(yaml_model(leaf)), settings(lazy_model(leaf))
     if "roi_heads.box_predictor" in ours:
         # A loss that has no entry weighs 1.
         ours["roi_heads.box_predictor"]["loss_weight"].setdefault("loss_cls", 1.0)
-    assert ours == theirs
+    assert list(ours.items()) == list(theirs.items())
 
 
 @each_leaf
-def test_twins_have_the_same_data_and_schedule(leaf):
+def test_lazy_config_has_the_same_data_and_schedule(leaf):
     cfg, lazy = load_yaml(CONFIGS / f"{leaf}.yaml"), load_lazy(leaf)
     train, test = lazy.dataloader.train, lazy.dataloader.test
     solver, data = cfg.SOLVER, cfg.INPUT
@@ -266,31 +261,6 @@ def test_without_its_blocks_a_config_is_the_installed_one(leaf):
     cfg = without_blocks(load_yaml(CONFIGS / f"{leaf}.yaml"))
     cfg.MODEL.NON_LOCAL = stock.MODEL.NON_LOCAL
     assert cfg == stock
-
-
-@each_yaml_leaf
-def test_blocks_add_parameters_and_change_none(leaf):
-    with torch.device("meta"):
-        stock = build_model(without_blocks(load_yaml(CONFIGS / f"{leaf}.yaml")))
-    ours = parameters(yaml_model(leaf))
-    added = {name: ours.pop(name) for name in list(ours) if ".non_local" in name}
-    assert ours == parameters(stock)
-    assert len(added) == 8 * len(YAML_BLOCKS[leaf])  # weight and bias of theta, phi, g, conv_out
-    assert all(requires_grad for _, requires_grad in added.values())
-
-
-@pytest.mark.slow
-@each_yaml_leaf
-def test_checkpoint_with_stock_names_loads(leaf, tmp_path):
-    with torch.device("meta"):
-        model = build_model(load_yaml(CONFIGS / f"{leaf}.yaml")).to_empty(device="cpu")
-        stock = build_model(without_blocks(load_yaml(CONFIGS / f"{leaf}.yaml")))
-    checkpoint = {name: torch.rand(shape) for name, shape in shapes(stock).items()}
-    torch.save({"model": checkpoint}, tmp_path / "stock.pth")
-    StrictCheckpointer(model).load(str(tmp_path / "stock.pth"))
-    loaded = model.state_dict()
-    for name, value in checkpoint.items():
-        assert torch.equal(loaded[name], value), name
 
 
 @pytest.mark.parametrize("leaf", INSTANT)
