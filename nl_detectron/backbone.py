@@ -21,7 +21,10 @@ from nl_detectron.non_local import NonLocalBlock, insert_after
 
 
 def insert_non_local_blocks(
-    resnet: nn.Module, after_blocks: Mapping[str, Sequence[int]], **block_options: Any
+    resnet: nn.Module,
+    after_blocks: Mapping[str, Sequence[int]],
+    stage_options: Mapping[str, Mapping[str, Any]] | None = None,
+    **block_options: Any,
 ) -> None:
     """Insert non-local blocks into the stages of a ResNet-like backbone, in place.
 
@@ -30,27 +33,38 @@ def insert_non_local_blocks(
     stage that is already frozen, by ``freeze_at`` for example, is trained.
 
     Args:
-        resnet: a detectron2 ``ResNet``, or any backbone whose stages run their children in order,
-            each a ``CNNBlockBase`` (``RegNet``, for example).
-        after_blocks: stage name, such as "res4", to the indices of the residual blocks to insert
-            after; 0-based, negative ones count from the end.
-        block_options: arguments of :class:`~nl_detectron.NonLocalBlock`, the same for all blocks.
+        resnet: a detectron2 ``ResNet``, or any network whose stages run their children in order:
+            each an ``nn.Sequential`` (torchvision's ResNets for images and video, for example),
+            or of ``CNNBlockBase`` children (``RegNet``).
+        after_blocks: stage, such as "res4" or "layer3", to the indices of the residual blocks to
+            insert after; 0-based, negative ones count from the end.
+        stage_options: stage to those of ``block_options`` that differ for its blocks.
+        block_options: arguments of :class:`~nl_detectron.NonLocalBlock`. ``in_channels`` is only
+            needed where the last convolution of a residual block is not its output.
 
     Raises:
-        ValueError: a stage that is not built, an index that is out of range or given twice, or a
-            ``dim`` that is not that of the stage's convolutions.
+        ValueError: a stage that is not built, an index that is out of range or given twice, a
+            ``dim`` that is not that of the stage's convolutions, or options of a stage without
+            blocks.
     """
+    stage_options = stage_options or {}
+    for stage_name, options in stage_options.items():
+        if options and not after_blocks.get(stage_name):
+            raise ValueError(
+                f"stage_options {stage_name!r} (config key STAGE_OPTIONS.{stage_name.upper()}): no "
+                "block is inserted into this stage"
+            )
     places = [
-        place
+        (*place, {**block_options, **stage_options.get(stage_name, {})})
         for stage_name, indices in after_blocks.items()
         if len(indices)
         for place in _places(resnet, stage_name, indices)
     ]
-    for stage, _, name in places:
-        _check_dim(stage.get_submodule(name), block_options.get("dim", 2))
-    for stage, i, name in places:
-        residual_block: Any = stage.get_submodule(name)
-        block = NonLocalBlock(residual_block.out_channels, **block_options)
+    for stage, _, name, options in places:
+        _check_dim(stage.get_submodule(name), options.get("dim", 2))
+    for stage, i, name, options in places:
+        channels = options.pop("in_channels", None) or _out_channels(stage.get_submodule(name))
+        block = NonLocalBlock(channels, **options)
         insert_after(stage, name, f"non_local{i}", block.to(next(stage.parameters())))
 
 
@@ -141,8 +155,21 @@ def _check_dim(residual_block: nn.Module, dim: int) -> None:
 
 
 def _residual_blocks(stage: nn.Module) -> list[str]:
+    in_order = isinstance(stage, nn.Sequential)
     return [
         name
         for name, child in stage.named_children()
-        if isinstance(child, CNNBlockBase) and not isinstance(child, NonLocalBlock)
+        if (in_order or isinstance(child, CNNBlockBase)) and not isinstance(child, NonLocalBlock)
     ]
+
+
+def _out_channels(residual_block: Any) -> int:
+    if isinstance(residual_block, CNNBlockBase):
+        return residual_block.out_channels
+    convs = [m for m in residual_block.modules() if isinstance(m, _ConvNd)]
+    if not convs:
+        raise ValueError(
+            f"{type(residual_block).__name__} has no convolution that tells its number of output "
+            "channels: give in_channels"
+        )
+    return convs[-1].out_channels

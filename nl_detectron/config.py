@@ -21,6 +21,8 @@ _DEFAULTS: dict[str, Any] = {
     # In a 3-D backbone, what a position attends to: all positions (spacetime), its own frame
     # (space), or its own place in all frames (time; needs SUBSAMPLE 1).
     "AXES": "spacetime",
+    # In a 3-D backbone, attend only within groups of this many consecutive frames; 0 is off.
+    "GROUP_FRAMES": 0,
     # in_channels / inner_channels
     "REDUCTION": 2,
     # Multiply the affinity of embedded_gaussian by inner_channels ** -0.5: True in the paper's
@@ -39,6 +41,9 @@ _DEFAULTS: dict[str, Any] = {
     # For each stage, the residual blocks to insert a non-local block after; 0-based, negative from
     # the end. (-2,) is "right before the last residual block" for every depth.
     "AFTER_BLOCKS": {"RES2": (), "RES3": (), "RES4": (-2,), "RES5": ()},
+    # Other values for the blocks of a stage: keys from above and values in turn, as on a command
+    # line: ("GROUP_FRAMES", 4).
+    "STAGE_OPTIONS": {"RES2": (), "RES3": (), "RES4": (), "RES5": ()},
     "KEYPOINT_HEAD": {
         # The convolutions conv_fcnN of the head to insert a non-local block after; N is 1-based.
         "AFTER_CONVS": (2, 4, 6, 8),
@@ -128,14 +133,10 @@ def without_blocks(cfg: CfgNode) -> CfgNode:
 def backbone_options(cfg: CfgNode) -> dict[str, Any]:
     """Arguments of :func:`nl_detectron.insert_non_local_blocks` from a config, by name."""
     node = _node(cfg)
-    after_blocks = {stage: tuple(node.AFTER_BLOCKS[stage.upper()]) for stage in STAGES}
     return {
-        "after_blocks": after_blocks,
-        "subsample": node.SUBSAMPLE,
-        "norm": node.NORM,
-        "dim": node.DIM,
-        "axes": node.AXES,
-        **_shared_options(node),
+        "after_blocks": {stage: tuple(node.AFTER_BLOCKS[stage.upper()]) for stage in STAGES},
+        "stage_options": {stage: _stage_options(node, stage.upper()) for stage in STAGES},
+        **_backbone_block_options(node),
     }
 
 
@@ -145,6 +146,33 @@ def keypoint_head_options(cfg: CfgNode) -> dict[str, Any]:
     head = node.KEYPOINT_HEAD
     options = {"subsample": head.SUBSAMPLE, "norm": head.NORM, **_shared_options(node)}
     return {"after_convs": tuple(head.AFTER_CONVS), "block_options": options}
+
+
+def _stage_options(node: CfgNode, stage: str) -> dict[str, Any]:
+    """The options of the blocks of a stage that STAGE_OPTIONS changes."""
+    changes = node.STAGE_OPTIONS[stage]
+    options, changed = _backbone_block_options(node), node.clone()
+    known = [name.upper() for name in options]
+    where = f"MODEL.NON_LOCAL.STAGE_OPTIONS.{stage}"
+    if len(changes) % 2 or not set(changes[::2]) <= set(known):
+        raise ValueError(f"{where} must be keys of {known} and values in turn, got {changes}")
+    try:
+        changed.merge_from_list(list(changes))
+    except ValueError as error:  # a value of another type
+        raise ValueError(f"{where}: {error}") from error
+    names = {key.lower() for key in changes[::2]}
+    return {k: v for k, v in _backbone_block_options(changed).items() if k in names}
+
+
+def _backbone_block_options(node: CfgNode) -> dict[str, Any]:
+    return {
+        "subsample": node.SUBSAMPLE,
+        "norm": node.NORM,
+        "dim": node.DIM,
+        "axes": node.AXES,
+        "group_frames": node.GROUP_FRAMES,
+        **_shared_options(node),
+    }
 
 
 def _shared_options(node: CfgNode) -> dict[str, Any]:
@@ -165,7 +193,7 @@ def _node(cfg: CfgNode) -> CfgNode:
         )
     node = cfg.MODEL.NON_LOCAL
     _check_keys("MODEL.NON_LOCAL", node, _DEFAULTS)
-    for name in ("AFTER_BLOCKS", "KEYPOINT_HEAD"):
+    for name in ("AFTER_BLOCKS", "STAGE_OPTIONS", "KEYPOINT_HEAD"):
         _check_keys(f"MODEL.NON_LOCAL.{name}", node[name], _DEFAULTS[name])
     return node
 

@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from nl_detectron import ops
 from nl_detectron.norm import CONV_FUNCTION, conv_and_norm, make_norm
+from nl_detectron.parts import AXES, check_parts, part_size, to_map, to_rows
 
 SUBSAMPLE_POSITIONS = ("before_conv", "after_conv")
-AXES = ("spacetime", "space", "time")
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _MAX_POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
@@ -50,6 +50,7 @@ class NonLocalBlock(CNNBlockBase):
         subsample_position: str = "before_conv",
         norm: str = "",
         axes: str = "spacetime",
+        group_frames: int = 0,
         activation_checkpoint: bool = False,
     ):
         """Create the block.
@@ -67,6 +68,8 @@ class NonLocalBlock(CNNBlockBase):
             norm: norm after ``conv_out``: "", "BN", "SyncBN" or "GN".
             axes: what each position of a 3-D map attends to: all positions ("spacetime"), its own
                 frame ("space"), or its own place in all frames ("time").
+            group_frames: of a 3-D map, attend only within groups of this many consecutive frames;
+                0 for none. T must be a multiple of it.
             activation_checkpoint: save only x and y for the backward pass and recompute the rest.
 
         Raises:
@@ -77,12 +80,9 @@ class NonLocalBlock(CNNBlockBase):
         _check("pairwise", pairwise, ops.PAIRWISE)
         _check("subsample_position", subsample_position, SUBSAMPLE_POSITIONS)
         _check("axes", axes, AXES)
-        for name, value in (("reduction", reduction), ("subsample", subsample)):
-            if not isinstance(value, int) or value < 1:
-                key = f"{name} (config key {name.upper()})"
-                raise ValueError(f"{key} must be an integer >= 1, got {value!r}")
-        if axes != "spacetime" and dim < 3:
-            raise ValueError(f"axes {axes!r}: dim (config key DIM) must be 3, got {dim}")
+        _check_at_least(1, reduction=reduction, subsample=subsample)
+        _check_at_least(0, group_frames=group_frames)
+        check_parts(dim, axes, group_frames)
         if axes == "time" and subsample > 1:
             raise ValueError(
                 "axes 'time' leaves no space to pool: subsample (config key SUBSAMPLE) must be 1, "
@@ -95,6 +95,7 @@ class NonLocalBlock(CNNBlockBase):
         self.subsample = subsample
         self.subsample_position = subsample_position
         self.axes = axes
+        self.group_frames = group_frames
         self.activation_checkpoint = activation_checkpoint
         # One of ops.PATHS[pairwise] to force a path; None lets the size of the map choose.
         self.path: str | None = None
@@ -138,8 +139,9 @@ class NonLocalBlock(CNNBlockBase):
             queries: (Q,) positions to compute rows for, in row-major order; None for all.
 
         Returns:
-            (N, Q, K), positions in row-major order, K after subsampling. The first axis is N * T
-            frames with ``axes="space"``, and N * H * W places with "time".
+            (N, Q, K), positions in row-major order, K after subsampling. Where positions do not
+            attend to all others, the first axis has the parts of each map in row-major order, such
+            as N * T frames with ``axes="space"``, and positions are counted within a part.
         """
         theta, phi, _, w_f = self._embed(x)
         if queries is not None:
@@ -166,6 +168,10 @@ class NonLocalBlock(CNNBlockBase):
             window[0] = 1
         return window
 
+    def part_size(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Size of the part of a map of this size that each of its positions attends to."""
+        return part_size(size, self.axes, self.group_frames)
+
     def extra_repr(self) -> str:
         """What ``print(model)`` shows of the block besides its layers."""
         path = f"path={self.path}" if self.path else "path chosen by size"
@@ -176,6 +182,8 @@ class NonLocalBlock(CNNBlockBase):
             shown.append(f"subsample_position={self.subsample_position}")
         if self.dim == 3:
             shown.append(f"axes={self.axes}")
+        if self.group_frames:
+            shown.append(f"group_frames={self.group_frames}")
         if self.activation_checkpoint:
             shown.append("activation_checkpoint=True")
         return ", ".join(shown)
@@ -191,7 +199,7 @@ class NonLocalBlock(CNNBlockBase):
             y = ops.dot_product(theta, phi, g, path=self.path)
         else:
             y = ops.concatenation(theta, phi, g, w_f, path=self.path)
-        return self._to_map(y, x)
+        return to_map(y, x, self.axes, self.group_frames)
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
         """Map -> rows theta (N, Q, D), phi (N, K, D), g (N, K, D), and w_f of concatenation.
@@ -215,7 +223,8 @@ class NonLocalBlock(CNNBlockBase):
         else:
             keys = self._pool(x)
             phi_map, g_map = phi(keys), self.g(keys)
-        return self._to_rows(theta(x)), self._to_rows(phi_map), self._to_rows(g_map), w_f
+        rows = partial(to_rows, axes=self.axes, group_frames=self.group_frames)
+        return rows(theta(x)), rows(phi_map), rows(g_map), w_f
 
     def _weighted(self, conv: Any, w: Tensor) -> Callable[[Tensor], Tensor]:
         """The convolution to one channel that computes w . conv(x), for w (1, D)."""
@@ -227,24 +236,6 @@ class NonLocalBlock(CNNBlockBase):
         if self.subsample == 1:
             return x
         return _MAX_POOL[self.dim](x, self.pool_window(x.shape[2:]))
-
-    def _to_rows(self, x: Tensor) -> Tensor:
-        """Map -> (N, P, C); axes that do not attend to each other are merged into N."""
-        if self.axes == "space":
-            x = x.transpose(1, 2).flatten(0, 1)
-        elif self.axes == "time":
-            x = x.permute(0, 3, 4, 1, 2).flatten(0, 2)
-        return x.flatten(2).transpose(1, 2)
-
-    def _to_map(self, rows: Tensor, x: Tensor) -> Tensor:
-        """(N, P, D) -> map with the axes of x; undoes :meth:`_to_rows`."""
-        rows, channels = rows.transpose(1, 2), rows.shape[-1]
-        if self.dim < 3 or self.axes == "spacetime":
-            return rows.reshape(x.shape[0], channels, *x.shape[2:])
-        n, _, t, h, w = x.shape
-        if self.axes == "space":
-            return rows.reshape(n, t, channels, h, w).transpose(1, 2)
-        return rows.reshape(n, h, w, channels, t).permute(0, 3, 4, 1, 2)
 
 
 def find_blocks(model: nn.Module, *patterns: str) -> dict[str, NonLocalBlock]:
@@ -298,3 +289,10 @@ def _check(name: str, value: object, allowed: tuple) -> None:
     if value not in allowed:
         key = f"{name} (config key {name.upper()})"
         raise ValueError(f"{key} must be one of {allowed}, got {value!r}")
+
+
+def _check_at_least(least: int, **values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int) or value < least:
+            key = f"{name} (config key {name.upper()})"
+            raise ValueError(f"{key} must be an integer >= {least}, got {value!r}")

@@ -1,4 +1,4 @@
-"""The norm after the output convolution of a block.
+"""Norms of maps of any dimension, in blocks and in video networks.
 
 Shapes: N batch, C channels, P positions; "map" is (N, C, W), (N, C, H, W) or (N, C, T, H, W).
 """
@@ -50,17 +50,29 @@ def make_norm(norm: str, channels: int) -> nn.Module | None:
     return get_norm(FlatBatchNorm2d if norm == "BN" else norm, channels)
 
 
-def conv_and_norm(y: Tensor, conv: Any, norm: Any) -> Tensor:
-    """Apply a convolution with a kernel of size 1, then its norm, to a map y."""
+def conv_and_norm(x: Tensor, conv: Any, norm: Any) -> Tensor:
+    """Apply a convolution, then its norm, to a map x."""
     if norm is None:
-        return conv(y)
+        return conv(x)
+    folded = fold_norm(conv, norm)
+    return apply_norm(conv(x), norm) if folded is None else conv._conv_forward(x, *folded)
+
+
+def fold_norm(conv: Any, norm: Any) -> tuple[Tensor, Tensor] | None:
+    """Weight and bias of a convolution with its norm folded in, where that norm is constant.
+
+    ``None`` where it is not: norms of a batch or of groups depend on their input.
+    """
     frozen = isinstance(norm, FrozenBatchNorm2d)
-    if frozen or (isinstance(norm, _BatchNorm) and not norm.training):
-        # The norm is a constant affine function: fold it into the convolution.
-        factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        weight = conv.weight * factor.view(-1, *[1] * (y.dim() - 1))
-        bias = norm.bias + (conv.bias - norm.running_mean) * factor
-        return CONV_FUNCTION[y.dim() - 2](y, weight, bias)
-    out = conv(y)
+    if not (frozen or (isinstance(norm, _BatchNorm) and not norm.training)):
+        return None
+    factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    weight = conv.weight * factor.view(-1, *[1] * (conv.weight.dim() - 1))
+    bias = 0 if conv.bias is None else conv.bias
+    return weight, norm.bias + (bias - norm.running_mean) * factor
+
+
+def apply_norm(x: Tensor, norm: nn.Module) -> Tensor:
+    """Apply a norm to a map x of any dimension."""
     # Contiguous, because PyTorch takes twice as long on strided rows.
-    return norm(out.flatten(2).contiguous()).view_as(out)
+    return norm(x.flatten(2).contiguous()).view_as(x)

@@ -16,6 +16,7 @@ from detectron2.modeling.backbone import BasicStem
 from detectron2.modeling.backbone.regnet import RegNet, ResBottleneckBlock, SimpleStem
 from torch import nn
 from torch.testing import assert_close
+from torchvision import models
 
 from nl_detectron import NonLocalBlock, NonLocalResNet, insert_non_local_blocks
 from nl_detectron.config import backbone_options, without_blocks
@@ -276,6 +277,54 @@ def test_3d_network(cfg, axes, subsample):
         else:
             x = module(x)
     assert_close(network(clip), x)
+
+
+def test_options_of_a_stage(cfg):
+    node = cfg.MODEL.NON_LOCAL
+    node.DIM, node.AFTER_BLOCKS.RES3, node.GROUP_FRAMES = 3, (0, 1), 5
+    node.STAGE_OPTIONS.RES3 = ("GROUP_FRAMES", 2, "PAIRWISE", "gaussian", "NORM", "BN")
+    network = ResNet3d()
+    insert_non_local_blocks(network, **backbone_options(cfg))
+    got = {
+        name: (block.group_frames, block.pairwise, bool(block.norm), block.subsample)
+        for name, block in find_blocks(network).items()
+    }
+    own, common = (2, "gaussian", True, 2), (5, "embedded_gaussian", False, 2)
+    res3 = dict.fromkeys(("res3.non_local0", "res3.non_local1"), own)
+    assert got == {**res3, "res4.non_local0": common}
+
+
+@pytest.mark.parametrize(
+    "network", [models.video.r3d_18, models.video.r2plus1d_18, models.resnet50]
+)
+def test_networks_of_torchvision(network):
+    torch.manual_seed(0)
+    stock = network().eval()
+    torch.manual_seed(0)
+    ours, dim = network().eval(), 2 if network is models.resnet50 else 3
+    options = {"layer2": {"pairwise": "gaussian"}} | (
+        {"layer3": {"group_frames": 1}} if dim > 2 else {}
+    )
+    insert_non_local_blocks(
+        ours, {"layer2": [-1], "layer3": [-2, 1]}, options, dim=dim, subsample=2
+    )
+    keys = [key for key in ours.state_dict() if ".non_local" not in key]
+    assert keys == list(stock.state_dict())
+    clip = torch.randn(1, 3, 4, 32, 32)[:, :, *[0] * (3 - dim)]
+    assert torch.equal(ours(clip), stock(clip))
+    place = "layer2.non_local1" if dim == 3 else "layer2.non_local3"
+    assert ours.get_submodule(place).pairwise == "gaussian"
+    nn.init.normal_(ours.get_submodule(place).conv_out.weight)
+    assert not torch.equal(ours(clip), stock(clip))
+
+
+def test_stage_without_convolutions():
+    network = nn.Sequential()
+    network.stage = nn.Sequential(nn.Linear(5, 7), nn.ReLU())
+    with pytest.raises(ValueError, match="Linear has no convolution .* give in_channels"):
+        insert_non_local_blocks(network, {"stage": [0]})
+    insert_non_local_blocks(network, {"stage": [0]}, in_channels=7, dim=1)
+    assert network.stage.non_local0.g.in_channels == 7
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from nl_detectron import add_non_local_config, config
 from nl_detectron.config import default_config, load_config, without_blocks
 from tests import oracles
 
-# For each key, another value, and which of the two models it must change. DIM and AXES are of 3-D
-# backbones, see test_backbone.py.
+# For each key, another value, and which of the two models it must change. DIM, AXES and
+# GROUP_FRAMES are of 3-D backbones, see test_backbone.py.
 BOTH, BACKBONE, HEAD = {"backbone", "head"}, {"backbone"}, {"head"}
 OTHERS = {
     "PAIRWISE": ("gaussian", BOTH),
@@ -34,6 +34,7 @@ OTHERS = {
     "AFTER_BLOCKS.RES3": ((0,), BACKBONE),
     "AFTER_BLOCKS.RES4": ((), BACKBONE),
     "AFTER_BLOCKS.RES5": ((0,), BACKBONE),
+    "STAGE_OPTIONS.RES4": (("SUBSAMPLE", 1), BACKBONE),
     "KEYPOINT_HEAD.AFTER_CONVS": ((1,), HEAD),
     "KEYPOINT_HEAD.SUBSAMPLE": (2, HEAD),
     "KEYPOINT_HEAD.NORM": ("GN", HEAD),
@@ -124,7 +125,8 @@ def test_copies(cfg, tmp_path):
 
 
 def test_no_key_is_forgotten_below(cfg):
-    assert {*OTHERS, "DIM", "AXES"} == set(flat(cfg.MODEL.NON_LOCAL))
+    same = {f"STAGE_OPTIONS.{stage}" for stage in ("RES2", "RES3", "RES5")}
+    assert {*OTHERS, "DIM", "AXES", "GROUP_FRAMES", *same} == set(flat(cfg.MODEL.NON_LOCAL))
 
 
 @pytest.mark.parametrize("key", OTHERS)
@@ -201,6 +203,10 @@ def test_missing_node(nl_cfg, part):
         ("DIM", 3, "backbone", "MODEL.NON_LOCAL.DIM.* must be 2, .*got 3"),
         ("AXES", "space", "backbone", "axes 'space'.*key DIM.* must be 3, got 2"),
         ("NORM", "FrozenBN", "backbone", "'FrozenBN'.*one of"),
+        ("STAGE_OPTIONS.RES4", ("DPI", 3), "backbone", r"STAGE_OPTIONS.RES4 .*'SUBSAMPLE'.*'DPI'"),
+        ("STAGE_OPTIONS.RES4", ("NORM",), "backbone", "RES4 must be keys .* and values in turn"),
+        ("STAGE_OPTIONS.RES4", ("NORM", 3), "backbone", "STAGE_OPTIONS.RES4: .*NORM"),
+        ("STAGE_OPTIONS.RES3", ("NORM", "BN"), "backbone", "RES3.*no block is inserted"),
         ("AFTER_BLOCKS.RES4", (6,), "backbone", r"AFTER_BLOCKS.RES4.*\[-6, 5\], got \[6\]"),
         ("KEYPOINT_HEAD.AFTER_CONVS", (9,), "head", "AFTER_CONVS.*1 to 8.*got"),
         ("KEYPOINT_HEAD.NORM", "LN", "head", "NORM.*'GN'.*got 'LN'"),

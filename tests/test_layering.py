@@ -21,7 +21,7 @@ CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 # The modules of a room, each of which imports only from those before it, and the rooms, each of
 # which imports only from those named with it.
 ROOMS = {
-    "": "paths ops config norm non_local backbone keypoint_head __init__ env",
+    "": "paths ops config norm parts non_local backbone keypoint_head __init__ env",
     "model_zoo": "files model_zoo",
     "weights": "dialects names blocks files convert report config_blocks",
     "analysis": "geometry drawing.colors drawing.canvas drawing.figures attention queries "

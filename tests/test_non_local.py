@@ -167,6 +167,37 @@ def test_3d_with_one_frame_is_2d(pairwise):
         assert_close(block3d(x.unsqueeze(2)).squeeze(2), block2d(x))
 
 
+@pytest.mark.parametrize(("axes", "subsample"), [("spacetime", 2), ("time", 1)])
+@pairwises
+def test_groups_of_frames_are_clips_of_their_own(pairwise, axes, subsample):
+    options = {"pairwise": pairwise, "axes": axes, "subsample": subsample}
+    x = torch.randn(N, C, 6, 3, 5).double().requires_grad_()
+    for group_frames in (1, 2, 6):  # one group of 6 is none
+        block = make(dim=3, group_frames=group_frames, **options)
+        clips = x.split(group_frames, dim=2)
+        expected = torch.cat(
+            [oracles.plain_block(clip, block.state_dict(), **options) for clip in clips], dim=2
+        )
+        assert_close(block(x), expected)
+        dy = torch.randn_like(x)
+        gradients = [torch.autograd.grad(y, x, dy)[0] for y in (block(x), expected)]
+        assert_close(*gradients)
+        rows = torch.cat([make_ungrouped(block).attention(clip) for clip in clips])
+        got = block.attention(x)
+        # A part's place among the samples: first the map's, then the group's.
+        assert_close(
+            got, rows.unflatten(0, (6 // group_frames, N, -1)).transpose(0, 1).flatten(0, 2)
+        )
+    with pytest.raises(ValueError, match="multiple of .*GROUP_FRAMES.* = 4, got 6"):
+        make(dim=3, group_frames=4)(x)
+
+
+def make_ungrouped(block):
+    block = copy.deepcopy(block)
+    block.group_frames = 0
+    return block
+
+
 @pairwises
 @pytest.mark.parametrize("axes", ["space", "time"])
 def test_attention_within_a_frame_or_a_place(axes, pairwise):
@@ -319,6 +350,10 @@ def test_path_for(pairwise, large, large_without_gradient):
             {"pairwise": "gaussian", "dim": 3, "axes": "time", "activation_checkpoint": True},
             "pairwise=gaussian, path=blocked, subsample=1, axes=time, activation_checkpoint=True",
         ),
+        (
+            {"pairwise": "gaussian", "dim": 3, "group_frames": 4},
+            "pairwise=gaussian, path=blocked, subsample=1, axes=spacetime, group_frames=4",
+        ),
     ],
     ids=str,
 )
@@ -339,6 +374,12 @@ def test_print(options, text):
         ({"dim": 3, "axes": "both"}, "axes .*key AXES.*'spacetime', 'space', 'time'.*got 'both'"),
         ({"axes": "space"}, r"axes 'space': dim \(config key DIM\) must be 3, got 2"),
         ({"dim": 3, "axes": "time", "subsample": 2}, "'time'.*key SUBSAMPLE.* must be 1, got 2"),
+        ({"group_frames": 4}, r"group_frames 4: dim \(config key DIM\) must be 3, got 2"),
+        (
+            {"dim": 3, "axes": "space", "group_frames": 4},
+            "'space'.*GROUP_FRAMES.* must be 0, got 4",
+        ),
+        ({"dim": 3, "group_frames": -1}, "group_frames .*GROUP_FRAMES.* integer >= 0, got -1"),
         ({"norm": "FrozenBN"}, r"norm 'FrozenBN'.*use one of \('', 'BN', 'SyncBN', 'GN'\)"),
         ({"norm": "LN"}, r"norm .*key NORM.*\('', 'BN', 'SyncBN', 'GN'\), got 'LN'"),
         ({"norm": "GN"}, "norm 'GN' has 32 groups: in_channels .*got 48"),

@@ -107,12 +107,10 @@ class Recording:
         if not 0 <= sample < len(x):
             raise ValueError(f"{self.name}: sample must be from 0 to {len(x) - 1}, got {sample}")
         # The part of the map that the query attends to, and the query's position in it.
-        attended = [slice(None)] * len(size)
-        own_axes = {"spacetime": [], "space": [0], "time": [1, 2]}[self.block.axes]
-        for axis in own_axes:
-            attended[axis] = slice(query[axis], query[axis] + 1)
+        part_size = self.block.part_size(size)
+        position = [q % n for q, n in zip(query, part_size)]
+        attended = [slice(q - p, q - p + n) for q, p, n in zip(query, position, part_size)]
         part = x[(slice(sample, sample + 1), slice(None), *attended)]
-        position = [0 if axis in own_axes else q for axis, q in enumerate(query)]
         index = int(np.ravel_multi_index(position, part.shape[2:]))
         row = self.block.attention(part, torch.tensor([index], device=x.device)).flatten().cpu()
 

@@ -85,7 +85,7 @@ def block_health(block: NonLocalBlock, x: Tensor, z: Tensor) -> BlockHealth:
     queries are always the same, and the global random state is not touched.
     """
     size = x.shape[2:]
-    queries = math.prod({"spacetime": size, "space": size[1:], "time": size[:1]}[block.axes])
+    queries = math.prod(block.part_size(size))
     chosen = torch.randperm(queries, generator=torch.Generator().manual_seed(0))[:MAX_QUERIES]
     attention = block.attention(x[:MAX_SAMPLES], chosen.to(x.device))
     ratio = (z.float() - x.float()).norm() / x.float().norm()

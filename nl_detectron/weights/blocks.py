@@ -16,7 +16,10 @@ from nl_detectron.weights.dialects import SAME_PARAMETERS, Dialect
 
 EPS = 1e-5  # of batch norm, in every dialect
 # Arguments of NonLocalBlock; an argument comes after those that it depends on.
-OPTIONS = "dim pairwise reduction scale subsample subsample_position norm axes".split()
+OPTIONS = (
+    *("dim", "pairwise", "reduction", "scale", "subsample", "subsample_position", "norm"),
+    *("axes", "group_frames"),
+)
 
 
 @dataclass
@@ -70,6 +73,7 @@ class Block:
             "subsample": None if subsampled is None else 1 + subsampled,
             "norm": self._infer_norm(dialect),
             "axes": None if len(shape) == 5 else "spacetime",
+            "group_frames": None if len(shape) == 5 else 0,
         }
         known = {option: value for option, value in inferred.items() if value is not None}
         self.options = {**dialect.fixed, **known}

@@ -29,6 +29,8 @@ class ConfigBlocks:
         """
         find_blocks(self.model, name)  # raises if there is none
         options = backbone_options(self.cfg)
+        if stage := re.search(r"\b(res\d)\.non_local", name):
+            options |= options["stage_options"][stage[1]]
         if "keypoint_head" in name:
             options = keypoint_head_options(self.cfg)["block_options"]
         # Not dim, which weights show, and which is changed for the whole network or not at all.

@@ -123,7 +123,8 @@ _CAFFE2_RESNET = _caffe2_keys(
 )
 
 # As in the released configs (NONLOCAL.USE_SCALE True), with NONLOCAL.GROUP 1
-_AS_RELEASED = {"subsample_position": "before_conv", "scale": True, "axes": "spacetime"}
+_ALL_POSITIONS = {"axes": "spacetime", "group_frames": 0}
+_AS_RELEASED = {"subsample_position": "before_conv", "scale": True, **_ALL_POSITIONS}
 _IMAGENET_RGB = (
     "INPUT.FORMAT RGB, MODEL.PIXEL_MEAN [123.675, 116.280, 103.530], MODEL.PIXEL_STD "
     "[58.395, 57.120, 57.375], MODEL.RESNETS.STRIDE_IN_1X1 False"
@@ -163,7 +164,7 @@ DIALECTS = {
             f"res{s}.non_local{{i}}": f"backbone.layer{s - 1}.{{i}}.non_local_block"
             for s in _STAGES
         },
-        fixed={"subsample_position": "after_conv", "axes": "spacetime"},
+        fixed={"subsample_position": "after_conv", **_ALL_POSITIONS},
         pairwise=ALL_PAIRWISE,
         bias_before_norm=False,
         concat_dim=2,
@@ -207,7 +208,7 @@ DIALECTS = {
                 "concat_project": "concat_project.0",
             }
         ),
-        fixed={"subsample_position": "after_conv", "scale": False, "axes": "spacetime"},
+        fixed={"subsample_position": "after_conv", "scale": False, **_ALL_POSITIONS},
         pairwise=ALL_PAIRWISE,
         concat_dim=2,
     ),

@@ -51,7 +51,7 @@ def _describe_blocks(result: Conversion, target: str) -> Iterator[str]:
 
 def _describe_block(block: Block, target: str) -> Iterator[str]:
     for option in OPTIONS:
-        if option in ("dim", "axes") and block.options["dim"] == 2:
+        if option in ("dim", "axes", "group_frames") and block.options["dim"] == 2:
             continue
         if option in block.assumed:
             yield f"  {option.upper()} {block.options[option]} (assumed; please check)"

@@ -127,6 +127,15 @@ def test_attention_is_the_rows_of_the_matrix(pairwise, dim, axes, subsample):
     assert_close(x + block.conv_out(y), expected)
 
 
+def test_attention_within_a_group_of_frames():
+    block, x = make(dim=3, group_frames=2, subsample=2), torch.randn(2, C, 6, 3, 5)
+    second = make(dim=3, subsample=2)
+    second.load_state_dict(block.state_dict())
+    got = record(block, x).attention((3, 2, 1), sample=1)
+    assert_close(got[2:4], record(second, x[:, :, 2:4]).attention((1, 2, 1), sample=1))
+    assert got[[0, 1, 4, 5]].count_nonzero() == 0
+
+
 @pytest.mark.parametrize(
     ("query", "message"),
     [

@@ -285,9 +285,11 @@ class TestChanges:
             "subsample_position": "before_conv",
             "scale": True,
             "axes": "spacetime",
+            "group_frames": 0,
         }
-        assert "axes" not in assumed(2)
-        assert assumed(3, subsample=1, pairwise="dot_product", axes="spacetime") == {}
+        assert not {"axes", "group_frames"} & set(assumed(2))
+        known = {"pairwise": "dot_product", "axes": "spacetime", "group_frames": 0}
+        assert assumed(3, subsample=1, **known) == {}
 
 
 class TestErrors:
@@ -313,6 +315,7 @@ class TestErrors:
             ({"in_channels": 32, "norm": "GN"}, "pytorchvideo", {}, "norm is 'GN'; 'BN' would"),
             ({"dim": 3}, "pytorchvideo", {"axes": "time"}, "axes is 'time'; 'spacetime' would"),
             ({"dim": 3}, "mmcv", {"dim": 2, "axes": "time"}, "axes is 'time'; 'spacetime' would"),
+            ({"dim": 3}, "slowfast", {"group_frames": 4}, "group_frames is 4; 0 would change"),
             ({}, "mmcv", {"pairwise": "gaussian"}, "with these weights, pairwise must be one of"),
             ({}, "pytorchvideo", {"scale": False}, "give pairwise in options, as --block"),
             ({}, "pytorchvideo", {"reduction": 4}, "reduction is 2; 4 would change"),
