@@ -1,0 +1,58 @@
+"""The config node ``MODEL.VIDEO``: its keys and defaults.
+
+Stock keys keep their meaning: ``MODEL.RESNETS`` has depth, widths and norm of the trunk,
+``MODEL.NON_LOCAL`` the blocks, ``MODEL.PIXEL_MEAN`` and ``PIXEL_STD`` the values of pixels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from detectron2.config import CfgNode
+
+from nl_detectron.config import default_config
+
+_DEFAULTS: dict[str, Any] = {
+    # Temporal stride of conv1 and both poolings, one of models.resnet3d.POOLINGS. Weights that were
+    # trained with one give other scores with another.
+    "POOLING": "released_32x2",
+    # Kernel of conv1 over time, height and width: (1, 7, 7) for C2D, (5, 7, 7) for I3D.
+    "STEM_KERNEL": (1, 7, 7),
+    # Which convolutions of the I3D's residual blocks see three frames: none of them (""), the first
+    # of a block (3x1x1), or its middle one (3x3x3).
+    "INFLATE": "",
+    # Residual blocks of each stage; () for those of MODEL.RESNETS.DEPTH, which is 50, 101 or 152.
+    "NUM_BLOCKS": (),
+    # Start with residual branches that add nothing, as all released configs do.
+    "ZERO_INIT_RESIDUAL": True,
+    # Temporal shift (TSM)
+    "SHIFT": {
+        # bidirectional, unidirectional (for online use), or none
+        "DIRECTION": "",
+        # This part of the channels is shifted in each direction.
+        "DIVISOR": 8,
+        # Shift in every block (1) or in every other one (2, as released for ResNet-101).
+        "EVERY": 1,
+    },
+    "HEAD": {
+        "NUM_CLASSES": 400,
+        "DROPOUT": 0.5,
+        # Any number of classes at a time, as in Charades: sigmoid instead of softmax.
+        "MULTI_LABEL": False,
+        # Of the initial weights; 0.001 in TSM.
+        "INIT_STD": 0.01,
+    },
+}
+
+
+def add_video_config(cfg: CfgNode) -> None:
+    """Add ``MODEL.VIDEO`` with its defaults to a detectron2 config, unless it is there."""
+    if "VIDEO" not in cfg.MODEL:
+        cfg.MODEL.VIDEO = CfgNode(_DEFAULTS)
+
+
+def default_video_config() -> CfgNode:
+    """detectron2's default config with ``MODEL.NON_LOCAL`` and ``MODEL.VIDEO``."""
+    cfg = default_config()
+    add_video_config(cfg)
+    return cfg

@@ -1,0 +1,78 @@
+"""Networks for images as a start for networks for video (Sec. 4.1 of the paper).
+
+A kernel over t frames is t copies of the kernel for images, each divided by t: on a video that does
+not move, the network computes what it did on the image, away from the first and last frames, where
+convolutions meet padding.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from nl_detectron.non_local import find_blocks
+from nl_detectron.weights import convert, load
+from nl_detectron.weights.names import summarize_keys
+
+from .resnet3d import ResNet3d
+
+_RESNET = re.compile(r"^(?:backbone\.(?:bottom_up\.)?)?((?:stem|res\d)\..*)")
+
+
+def inflate(weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Repeat kernels of 2-D convolutions, or of 3-D ones over a single frame, over time.
+
+    Args:
+        weights: by the names of the model that is to have them.
+        like: the state dict of that model; of other shapes than these, nothing is changed.
+    """
+    inflated = {}
+    for name, weight in weights.items():
+        if name in like and like[name].dim() == 5:
+            frames = like[name].shape[2]
+            weight = weight.unsqueeze(2) if weight.dim() == 4 else weight
+            if weight.shape[2] == 1:
+                weight = weight.repeat(1, 1, frames, 1, 1) / frames
+        inflated[name] = weight
+    return inflated
+
+
+def load_image_weights(backbone: ResNet3d, path: str | Path, dialect: str) -> None:
+    """Load the weights of an image classifier or detector with the same ResNet.
+
+    Non-local blocks keep their initial values; what is not part of the ResNet is left out. Mind
+    what the weights were trained with: the order and scale of colours, and ``STRIDE_IN_1X1``
+    (``nl-detectron convert`` prints both).
+
+    Args:
+        backbone: the network to load them into.
+        path: file, see :func:`nl_detectron.weights.load`.
+        dialect: what wrote it, one of ``nl_detectron.weights.DIALECTS``: "torchvision", "timm";
+            "detectron2" for its own models, "caffe2" for those of Detectron (MSRA's R-50 and R-101).
+
+    Raises:
+        ValueError: the file holds another network.
+    """
+    converted = convert(load(path)[0], dialect, "nl_detectron").state
+    resnet = {m[1]: tensor for name, tensor in converted.items() if (m := _RESNET.match(name))}
+    own = {
+        name: tensor
+        for name, tensor in backbone.state_dict().items()
+        if not name.startswith(tuple(f"{block}." for block in find_blocks(backbone)))
+    }
+    weights = inflate(resnet, own)
+    optional = {name for name in own.keys() | weights if name.endswith("num_batches_tracked")}
+    problems = {
+        "lacks": own.keys() - weights - optional,
+        "has no place in this network for": weights.keys() - own - optional,
+        "has in another shape": {
+            name for name in own.keys() & weights if own[name].shape != weights[name].shape
+        },
+    }
+    for what, names in problems.items():
+        if names:
+            raise ValueError(f"{path} {what} {summarize_keys(sorted(names))}")
+    backbone.load_state_dict({n: t for n, t in weights.items() if n in own}, strict=False)
