@@ -1,6 +1,48 @@
-"""Lets the tests import `video_classification`, which is not installed."""
+"""Lets the tests import `video_classification`, which is not installed; and its fixtures."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def video_cfg():
+    """A C2D with one residual block a stage, a few channels and three classes, on the CPU."""
+    from video_classification.config import default_video_config
+
+    cfg = default_video_config()
+    cfg.merge_from_file(str(Path(__file__).parent / "configs" / "Base-Video.yaml"))
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = 8
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 16
+    cfg.MODEL.RESNETS.WIDTH_PER_GROUP = 4
+    cfg.MODEL.VIDEO.NUM_BLOCKS = (1, 2, 2, 1)
+    cfg.MODEL.VIDEO.POOLING = "space"
+    cfg.MODEL.VIDEO.HEAD.NUM_CLASSES = 3
+    return cfg
+
+
+@pytest.fixture
+def randomize():
+    """Gives a model weights and statistics as after training: no norm is 0 or 1, none is idle."""
+
+    def randomize(model):
+        for name, tensor in model.state_dict().items():
+            if name.endswith(("norm.weight", "running_var")):
+                torch.nn.init.uniform_(tensor, 0.5, 1.5)
+            elif name.endswith(("bias", "running_mean")):
+                torch.nn.init.normal_(tensor, std=0.2)
+            elif tensor.dim() > 1:
+                torch.nn.init.normal_(tensor, std=tensor[0].numel() ** -0.5)
+        return model
+
+    return randomize

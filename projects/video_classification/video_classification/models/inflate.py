@@ -50,8 +50,8 @@ def load_image_weights(backbone: ResNet3d, path: str | Path, dialect: str) -> No
     Args:
         backbone: the network to load them into.
         path: file, see :func:`nl_detectron.weights.load`.
-        dialect: what wrote it, one of ``nl_detectron.weights.DIALECTS``: "torchvision", "timm";
-            "detectron2" for its own models, "caffe2" for those of Detectron (MSRA's R-50 and R-101).
+        dialect: of its keys, one of ``nl_detectron.weights.DIALECTS``: "torchvision", "timm",
+            "detectron2", or "caffe2" for what detectron2 has from Detectron.
 
     Raises:
         ValueError: the file holds another network.

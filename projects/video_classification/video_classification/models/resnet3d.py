@@ -16,7 +16,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, ResNet
 from torch import Tensor, nn
 
-from nl_detectron import insert_non_local_blocks
+from nl_detectron.backbone import insert_non_local_blocks
 from nl_detectron.config import STOCK_BUILDERS, backbone_options
 
 from .layers import Bottleneck3d, Pool, Stem3d

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from nl_detectron import NonLocalBlock
+from nl_detectron.non_local import NonLocalBlock
 
 DIRECTIONS = ("bidirectional", "unidirectional")
 
@@ -39,7 +39,7 @@ def temporal_shift(x: Tensor, channels: int, direction: str) -> Tensor:
 class TemporalShift(nn.Module):
     """:func:`temporal_shift` of a part of the channels; has no parameters.
 
-    Within :func:`online`, the previous frame of a clip's first frame is the last of the call before.
+    Within :func:`online`, before the first frame of a clip comes the last one of the call before.
     """
 
     def __init__(self, in_channels: int, divisor: int = 8, direction: str = "bidirectional"):
@@ -51,7 +51,7 @@ class TemporalShift(nn.Module):
             direction: one of :data:`DIRECTIONS`.
 
         Raises:
-            ValueError: no such direction, or a divisor that leaves no channels to shift, or too few.
+            ValueError: no such direction, or a divisor for which there are too few channels.
         """
         super().__init__()
         if direction not in DIRECTIONS:
@@ -108,7 +108,7 @@ def online(model: nn.Module) -> Iterator[None]:
             f"online, only unidirectional shifts may mix frames; so do {', '.join(mixing)}"
         )
     for shift in shifts:
-        shift.online, shift.last_frame = True, None
+        shift.online = True
     try:
         yield
     finally:
