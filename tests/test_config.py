@@ -319,7 +319,7 @@ def test_wrong_config_file(text, message, tmp_path):
 
 
 def test_config_file_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match="lost.yaml is neither a file nor in the model zoo"):
+    with pytest.raises(ValueError, match="lost.yaml' does not exist"):
         load_config(tmp_path / "lost.yaml")
     with pytest.raises(ValueError, match="a.py is a LazyConfig"):
         load_config(tmp_path / "a.py")
