@@ -6,9 +6,8 @@ import logging
 
 import pytest
 import torch
-from detectron2.config import get_cfg
 
-from nl_detectron import add_non_local_config
+from nl_detectron.config import default_config
 from nl_detectron.engine.coco.files import register_coco_files
 from tests.generated_coco import write_coco
 from tests.running import NO_GPU, forget_custom_data
@@ -44,41 +43,34 @@ def device(request):
 @pytest.fixture
 def cfg():
     """The defaults of detectron2 and of the package, on the CPU: what the hook gives get_cfg()."""
-    cfg = get_cfg()
-    add_non_local_config(cfg)
+    cfg = default_config()
     cfg.MODEL.DEVICE = "cpu"
     return cfg
+
+
+SMALL = """
+    MODEL.MASK_ON True MODEL.KEYPOINT_ON True MODEL.BACKBONE.NAME build_resnet_fpn_backbone
+    MODEL.RESNETS.OUT_FEATURES ['res2','res3','res4','res5'] MODEL.RESNETS.STEM_OUT_CHANNELS 8
+    MODEL.RESNETS.RES2_OUT_CHANNELS 32 MODEL.RESNETS.WIDTH_PER_GROUP 8
+    MODEL.FPN.IN_FEATURES ['res2','res3','res4','res5'] MODEL.FPN.OUT_CHANNELS 16
+    MODEL.ANCHOR_GENERATOR.SIZES [[32],[64],[128],[256],[512]]
+    MODEL.RPN.IN_FEATURES ['p2','p3','p4','p5','p6']
+    MODEL.RPN.POST_NMS_TOPK_TRAIN 20 MODEL.RPN.POST_NMS_TOPK_TEST 20
+    MODEL.ROI_HEADS.NAME StandardROIHeads MODEL.ROI_HEADS.IN_FEATURES ['p2','p3','p4','p5']
+    MODEL.ROI_HEADS.NUM_CLASSES 1 MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 16
+    MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0 TEST.DETECTIONS_PER_IMAGE 10
+    MODEL.ROI_BOX_HEAD.NAME FastRCNNConvFCHead MODEL.ROI_BOX_HEAD.NUM_FC 1
+    MODEL.ROI_BOX_HEAD.FC_DIM 32 MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION 7
+    MODEL.ROI_MASK_HEAD.NAME MaskRCNNConvUpsampleHead MODEL.ROI_MASK_HEAD.NUM_CONV 1
+    MODEL.ROI_MASK_HEAD.CONV_DIM 16 MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS 5
+    MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS (32,32,32,32,32,32,32,32)
+""".split()
 
 
 @pytest.fixture
 def small_cfg(cfg):
     """A Keypoint + Mask R-CNN with FPN, R-50 by its blocks, an eighth of it by its channels."""
-    cfg.MODEL.MASK_ON = cfg.MODEL.KEYPOINT_ON = True
-    cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
-    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
-    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = 8
-    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 32
-    cfg.MODEL.RESNETS.WIDTH_PER_GROUP = 8
-    cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
-    cfg.MODEL.FPN.OUT_CHANNELS = 16
-    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32], [64], [128], [256], [512]]
-    cfg.MODEL.RPN.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
-    cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 20
-    cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
-    cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p2", "p3", "p4", "p5"]
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 1
-    cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 16
-    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
-    cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
-    cfg.MODEL.ROI_BOX_HEAD.NUM_FC = 1
-    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 32
-    cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 7
-    cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
-    cfg.MODEL.ROI_MASK_HEAD.NUM_CONV = 1
-    cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 16
-    cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = 5
-    cfg.MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS = [32] * 8
-    cfg.TEST.DETECTIONS_PER_IMAGE = 10
+    cfg.merge_from_list(SMALL)
     return cfg
 
 

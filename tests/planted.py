@@ -17,9 +17,7 @@ SIZE, INPUT_SIZE, PADDED_SIZE = (101, 173), (150, 257), (160, 288)
 
 
 def planted_cfg(cfg):
-    """For images of ``SIZE``: resized to ``INPUT_SIZE`` and padded to ``PADDED_SIZE``."""
-    cfg.MODEL.BACKBONE.NAME = "build_non_local_resnet_fpn_backbone"
-    cfg.MODEL.ROI_KEYPOINT_HEAD.NAME = "NonLocalKeypointHead"
+    """For images of ``SIZE``, resized to ``INPUT_SIZE`` and padded to ``PADDED_SIZE``."""
     cfg.MODEL.NON_LOCAL.KEYPOINT_HEAD.AFTER_CONVS = (2,)
     cfg.MODEL.MASK_ON = False
     cfg.INPUT.MIN_SIZE_TEST = 150

@@ -164,8 +164,8 @@ class TestPlantedPair:
     """Red looks at blue: resized by 1.49, padded on two sides, stride 16, keys of 2 x 2 cells."""
 
     @pytest.fixture
-    def predictor(self, small_cfg):
-        return planted.planted_predictor(planted.planted_cfg(small_cfg))
+    def predictor(self, nl_cfg):
+        return planted.planted_predictor(planted.planted_cfg(nl_cfg))
 
     @pytest.mark.parametrize(
         ("red", "blue"), [((0, 0), (7, 3)), ((6, 1), (0, 4)), ((3, 3), (4, 2))]

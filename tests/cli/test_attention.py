@@ -17,9 +17,9 @@ RED, BLUE = planted.rectangle(10, 42, 20, 20), planted.rectangle(230, 102, 20, 2
 
 
 @pytest.fixture
-def files(small_cfg, tmp_path):
+def files(nl_cfg, tmp_path):
     """A planted detector on disk, and a folder with a picture for it and a broken one."""
-    cfg = planted.planted_cfg(small_cfg)
+    cfg = planted.planted_cfg(nl_cfg)
     torch.save({"model": planted.planted_predictor(cfg).model.state_dict()}, tmp_path / "model.pth")
     (tmp_path / "config.yaml").write_text(cfg.dump())
     (tmp_path / "images").mkdir()

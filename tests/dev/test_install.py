@@ -120,9 +120,9 @@ def test_missing_torch_or_pip_is_one_sentence_and_a_failure(installer, shadow):
 
 @pytest.mark.parametrize("text", ["", "np.int\n", "np.int\n" * 3])
 def test_edit_changes_whole_words_or_fails_with_the_name_of_the_file(installer, tmp_path, text):
-    write(tmp_path, {"a.py": "x = np.int\ny = np.int64 + np.int_\nz = np.int\n"})
+    write(tmp_path, {"a.py": "x = np.int\ny = np.int64 + np.int_ + snp.int\nz = np.int\n"})
     installer.apply_edit(tmp_path, installer.Edit("a.py", "np.int", "int", 2))
-    assert (tmp_path / "a.py").read_text() == "x = int\ny = np.int64 + np.int_\nz = int\n"
+    assert (tmp_path / "a.py").read_text() == "x = int\ny = np.int64 + np.int_ + snp.int\nz = int\n"
     write(tmp_path, {"a.py": text})
     with pytest.raises(installer.InstallError, match=r"a\.py: expected 'np\.int' 2 times"):
         installer.apply_edit(tmp_path, installer.Edit("a.py", "np.int", "int", 2))
