@@ -124,7 +124,9 @@ class StrictCheckpointer(DetectionCheckpointer):
         unexplained = {name for name in missing if not name.startswith(self.allow_missing)}
         for block, module in find_blocks(self.model).items():
             own = {f"{block}.{name}" for name in module.state_dict()}
-            if own <= missing - incorrect_shapes:
+            # PyTorch makes up this counter for checkpoints that carry no version, such as pickles.
+            counter = {f"{block}.norm.num_batches_tracked"}
+            if own - counter <= missing - incorrect_shapes:
                 unexplained -= own
 
         prefixes = (self.backbone_prefix, "pixel_")

@@ -60,8 +60,11 @@ def test_lost_tensor_is_named(lost, shape, stock, non_local, load):
     load(non_local, state, allow_missing=[""])
 
 
-def test_backbone_alone_is_accepted_if_whole(stock, non_local, load, tmp_path):
+@pytest.mark.parametrize("norm", ["", "BN"])
+def test_backbone_alone_is_accepted_if_whole(norm, stock, nl_cfg, load, tmp_path):
     """As ImageNet weights are stored: without the prefix, matched by the ends of the names."""
+    nl_cfg.MODEL.NON_LOCAL.NORM = norm
+    non_local = build_model(nl_cfg)
     state = stock.backbone.bottom_up.state_dict()
     for refused in (None, WEIGHT):
         state = {name: torch.as_tensor(x).numpy() for name, x in state.items() if name != refused}
