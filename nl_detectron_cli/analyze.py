@@ -36,9 +36,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar=("H", "W"),
         help="input size before padding (default: 800 1333)",
     )
+    parser.add_argument(
+        "--clip-size",
+        type=at_least(1),
+        nargs=3,
+        default=(32, 224, 224),
+        metavar=("T", "H", "W"),
+        help="input size of networks for video (default: 32 224 224)",
+    )
     add_integer(parser, "--proposals", 1000, "number of RoIs of the box head")
     add_integer(parser, "--detections", 100, "number of RoIs of the other heads")
-    add_integer(parser, "--batch-size", 1, "images per batch, for the cost of each block")
+    add_integer(parser, "--batch-size", 1, "images or clips per batch, for the cost of each block")
     add_opts(parser)
     return parser.parse_args(argv)
 
@@ -70,7 +78,8 @@ def main(argv: list[str] | None = None) -> None:
         configs = [(Path(path).stem, load_config(path, args.opts)) for path in paths]
         for _, cfg in configs:
             build_meta_model(cfg)
-    workload = Workload(tuple(args.image_size), args.proposals, args.detections)
+    image_size, clip_size = tuple(args.image_size), tuple(args.clip_size)
+    workload = Workload(image_size, args.proposals, args.detections, clip_size)
     for line in model_rows(configs, workload):
         print(line, flush=True)
     if args.config_file:

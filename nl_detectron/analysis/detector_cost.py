@@ -21,17 +21,19 @@ from nl_detectron.non_local import find_blocks
 
 
 class Workload(NamedTuple):
-    """The sizes that the cost of a detector depends on.
+    """The sizes that the cost of a detector, or of a network for video, depends on.
 
     Attributes:
         image_size: height and width of the network's input, before padding.
         proposals: number of RoIs of the box head.
         detections: number of RoIs of the mask and keypoint heads.
+        clip_size: frames, height and width, for networks with 3-D convolutions.
     """
 
     image_size: tuple[int, int] = (800, 1333)
     proposals: int = 1000
     detections: int = 100
+    clip_size: tuple[int, int, int] = (32, 224, 224)
 
 
 def build_meta_model(cfg: CfgNode) -> nn.Module:
@@ -44,7 +46,7 @@ def build_meta_model(cfg: CfgNode) -> nn.Module:
 
 
 def count_parameters_and_gmac(cfg: CfgNode, workload: Workload) -> tuple[int, float]:
-    """Return the number of parameters, and the GMAC for one image."""
+    """Return the number of parameters, and the GMAC for one image or clip."""
     model = build_meta_model(cfg)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         run_networks(model, workload)
@@ -53,7 +55,10 @@ def count_parameters_and_gmac(cfg: CfgNode, workload: Workload) -> tuple[int, fl
 
 
 def run_networks(model: Any, workload: Workload) -> None:
-    """Run every network of a detector once, with fixed numbers of RoIs."""
+    """Run every network of a model once, those of a detector with fixed numbers of RoIs."""
+    if any(isinstance(module, nn.Conv3d) for module in model.modules()):
+        model(torch.empty(1, 3, *workload.clip_size, device="meta"))
+        return
     divisor = model.backbone.size_divisibility or 1
     height, width = (-(-size // divisor) * divisor for size in workload.image_size)
     features = model.backbone(torch.empty(1, 3, height, width, device="meta"))
@@ -84,7 +89,7 @@ def model_rows(configs: Iterable[tuple[str, CfgNode]], workload: Workload) -> It
         stock_parameters, stock_gmac = count_parameters_and_gmac(without_blocks(cfg), workload)
         yield (
             f"| {name} | {parameters:,} | {parameters - stock_parameters:,} "
-            f"| {gmac:.1f} | {gmac - stock_gmac:.1f} | +{100 * (gmac / stock_gmac - 1):.1f} % |"
+            f"| {gmac:.2f} | {gmac - stock_gmac:.2f} | +{100 * (gmac / stock_gmac - 1):.1f} % |"
         )
 
 
@@ -108,7 +113,7 @@ def block_rows(cfg: CfgNode, workload: Workload, batch_size: int) -> Iterator[st
             f"MODEL.ROI_KEYPOINT_HEAD.NAME is {cfg.MODEL.ROI_KEYPOINT_HEAD.NAME}"
         )
         return
-    yield f"Each block, {batch_size} image(s) in training; peak includes gradients:"
+    yield f"Each block, {batch_size} image(s) or clip(s) in training; peak includes gradients:"
     yield ""
     yield "| block | input | path | parameters | GMAC | naive | saved for backward | peak |"
     yield "|---|---|---|---:|---:|---:|---:|---:|"
