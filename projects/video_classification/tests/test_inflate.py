@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 
+import inflate_weights
 import pytest
 import torch
 from detectron2.modeling import ResNet, build_model
@@ -113,6 +114,30 @@ def test_another_network(options, message, image_file):
     with pytest.raises(ValueError, match=message):
         load_image_weights(network, path, "torchvision")
     assert_close(dict(network.state_dict()), before)
+
+
+def test_command(video_cfg, image_file, tmp_path, capsys):
+    """Its file is a backbone alone for the checkpointer, for a model with blocks, too."""
+    path, image, expected = image_file("torchvision")
+    video_cfg.merge_from_list(
+        ["MODEL.RESNETS.STEM_OUT_CHANNELS", 64, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256,
+         "MODEL.RESNETS.WIDTH_PER_GROUP", 8, "MODEL.VIDEO.NUM_BLOCKS", (1, 2, 1, 1),
+         "MODEL.BACKBONE.NAME", "build_non_local_resnet3d_backbone",
+         "MODEL.NON_LOCAL.AFTER_BLOCKS.RES4", (0,)]
+    )  # fmt: skip
+    (tmp_path / "config.yaml").write_text(video_cfg.dump())
+    command = ["--input", str(path), "--output", str(tmp_path / "init.pth")]
+    command += ["--from", "torchvision", "--config-file"]
+    inflate_weights.main([*command, str(tmp_path / "config.yaml")])
+    assert "train with INPUT.FORMAT RGB, MODEL.PIXEL_MEAN [123.675" in capsys.readouterr().out
+    model = build_model(video_cfg).eval()
+    StrictCheckpointer(model, backbone_prefix="backbone.").load(str(tmp_path / "init.pth"))
+    got = model.backbone(image[:, :, None])["res5"][:, :, 0]
+    assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(SystemExit, match="image.pth .*no place in this network for"):
+        inflate_weights.main(
+            [*command, str(tmp_path / "config.yaml"), "MODEL.VIDEO.NUM_BLOCKS", "(1, 1, 1, 1)"]
+        )
 
 
 def test_network_of_32_frames_in_one_of_128(video_cfg, randomize, tmp_path):

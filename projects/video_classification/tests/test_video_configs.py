@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from video_classification.models import TemporalShift
 
 from nl_detectron.config import load_config
 from nl_detectron.non_local import find_blocks
+from tests.running import ROOT
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -190,3 +194,18 @@ def test_cost(leaf):
 def test_cost_of_128_frames(groups, gmac):
     options = ("MODEL.NON_LOCAL.STAGE_OPTIONS.RES3", groups)
     assert round(cost("i3d_R_50_NL5_128x1", "paper", 128, *options)[2], 1) == gmac
+
+
+def test_analyze():
+    """The command of nl_detectron knows these configs by detectron2's hook."""
+    project = CONFIGS.parent
+    env = os.environ | {
+        "DETECTRON2_ENV_MODULE": "video_classification.env",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(project)]),
+    }
+    leaf = CONFIGS / "Kinetics" / "c2d_R_101_NL5_32x2.yaml"
+    command = [sys.executable, "tools/analyze.py", "--config-file", leaf, "--clip-size"]
+    command += ["16", "112", "112", "MODEL.VIDEO.POOLING", "paper"]
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert "| c2d_R_101_NL5_32x2 | 50,678,224 | 7,358,464 |" in run.stdout
+    assert "| backbone.res4.non_local20 | 1 x 1024 x 2 x 7 x 7 | naive | 2,101,760 |" in run.stdout
