@@ -1,4 +1,4 @@
-"""Running the tools as a person does, and small options for them."""
+"""Running scripts and commands, and small options for them."""
 
 from __future__ import annotations
 

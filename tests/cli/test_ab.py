@@ -55,7 +55,8 @@ def test_trains_and_compares_both(custom_data, tmp_path):
         for task, ap in numbers["ap"][name].items():
             found = tmp_path / name / "inference" / "coco_instances_results.json"
             assert ap == pytest.approx(coco_ap(custom_data, found, task), abs=1e-6)
-        assert (tmp_path / name / "model_final.pth").exists()
+        weights = torch.load(tmp_path / name / "model_final.pth", weights_only=True)["model"]
+        assert any(".non_local" in key for key in weights) == (name == "non_local")
         config = (tmp_path / name / "config.yaml").read_text()
         assert "  BASE_LR: 0.005\n" in config
         assert f"NAME: {builder}_fpn_backbone" in config
