@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import build_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -74,22 +75,30 @@ PLACES = {
 }
 
 
+def load(leaf, *options):
+    return load_config(
+        CONFIGS / f"{leaf}.yaml", ["MODEL.DEVICE", "meta", *options], default_video_config
+    )
+
+
 @functools.cache
 def build(leaf, *options):
-    cfg = load_config(CONFIGS / f"{leaf}.yaml", options, default_video_config)
-    cfg.MODEL.DEVICE = "meta"
+    cfg = load(leaf, *options)
     with torch.device("meta"):
         return build_model(cfg).eval()
 
 
-def test_every_file_is_expected():
-    files = {path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.*")}
-    assert {file for file in files if not file.startswith("Base-")} == {*ROWS, *NO_ROWS}
+@pytest.mark.parametrize("suffix", [".yaml", ".py"])
+def test_every_file_is_expected_and_has_a_twin(suffix):
+    files = [path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.rglob(f"*{suffix}")]
+    leaves = {f.as_posix() for f in files if f.parts[0] in ("Kinetics", "Charades")}
+    assert leaves == {*ROWS, *NO_ROWS}
 
 
 @pytest.mark.parametrize("leaf", ROWS)
 def test_first_line_names_the_row_of_the_paper(leaf):
-    line = (CONFIGS / f"{leaf}.yaml").read_text().splitlines()[0]
+    line, lazy = ((CONFIGS / f"{leaf}{s}").read_text().splitlines()[0] for s in (".yaml", ".py"))
+    assert lazy == line
     tables, *numbers = ROWS[leaf]
     assert re.match(f"# Tables? {tables.split()[0]}.*paper, not reproduced here\\)$", line)
     assert all(re.search(rf"\b{table}\b", line) for table in tables.split())
@@ -137,6 +146,22 @@ def test_leaf_is_what_its_name_says(leaf):
         assert shifts == []
     classes = 157 if "Charades" in leaf else 400
     assert (model.head.linear.out_features, model.head.multi_label) == (classes, classes == 157)
+
+
+@pytest.mark.parametrize("leaf", [*ROWS, *NO_ROWS])
+def test_lazy_twin_is_the_same_model(leaf):
+    """All layers with what they print of themselves, and what they do not print."""
+    config, cfg = LazyConfig.load(str(CONFIGS / f"{leaf}.py")).model, load(leaf).MODEL
+    with torch.device("meta"):
+        lazy, yaml = instantiate(config).eval(), build(leaf)
+    assert str(lazy) == str(yaml)
+    for (name, ours), (other, theirs) in zip(lazy.named_parameters(), yaml.named_parameters()):
+        assert (name, ours.shape, ours.requires_grad) == (other, theirs.shape, theirs.requires_grad)
+    assert lazy.feature == yaml.feature == "res5"
+    assert lazy.backbone.min_frames == yaml.backbone.min_frames
+    assert lazy.head.multi_label == yaml.head.multi_label
+    assert config.head.get("init_std", 0.01) == cfg.VIDEO.HEAD.INIT_STD
+    assert (config.pixel_mean, config.pixel_std) == (cfg.PIXEL_MEAN, cfg.PIXEL_STD)
 
 
 # Millions of parameters; of convolutions and linear layers alone; and for one clip of 32 frames of

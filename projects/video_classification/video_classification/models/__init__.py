@@ -3,7 +3,7 @@
 from .classifier import VideoClassifier
 from .head import ClassificationHead
 from .inflate import inflate, load_image_weights
-from .resnet3d import POOLINGS, ResNet3d, make_resnet3d
+from .resnet3d import POOLINGS, ResNet3d, make_non_local_resnet3d, make_resnet3d
 from .tsm import TemporalShift, online
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "VideoClassifier",
     "inflate",
     "load_image_weights",
+    "make_non_local_resnet3d",
     "make_resnet3d",
     "online",
 ]

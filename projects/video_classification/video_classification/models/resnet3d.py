@@ -8,7 +8,7 @@ Shapes: N batch, C channels, T H W axes of a map.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode
@@ -194,6 +194,26 @@ def make_resnet3d(
             )
         )
     return ResNet3d(stem, stages, layout, out_features=out_features, freeze_at=freeze_at)
+
+
+def make_non_local_resnet3d(
+    *,
+    after_blocks: Mapping[str, Sequence[int]],
+    stage_options: Mapping[str, Mapping[str, Any]] | None = None,
+    block_options: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> ResNet3d:
+    """Build the same with non-local blocks, for lazy configs.
+
+    Args:
+        after_blocks: see :func:`nl_detectron.insert_non_local_blocks`.
+        stage_options: likewise.
+        block_options: likewise; ``dim`` is 3.
+        options: of :func:`make_resnet3d`.
+    """
+    resnet = make_resnet3d(**options)
+    insert_non_local_blocks(resnet, after_blocks, stage_options, dim=3, **(block_options or {}))
+    return resnet
 
 
 @BACKBONE_REGISTRY.register()
