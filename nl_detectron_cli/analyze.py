@@ -16,18 +16,25 @@ import argparse
 from pathlib import Path
 
 from nl_detectron_cli.arguments import (
-    add_config_file,
     add_integer,
     add_opts,
     at_least,
     command_parser,
+    config_file,
 )
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the arguments, without slow imports."""
     parser = command_parser(__doc__)
-    add_config_file(parser, "default: the model zoo without quick_schedules", required=False)
+    parser.add_argument(
+        "--config-file",
+        type=config_file,
+        action="append",
+        metavar="FILE",
+        help="YAML config, or its name in the model zoo; repeatable, to compare with the first "
+        "(default: the model zoo without quick_schedules)",
+    )
     parser.add_argument(
         "--image-size",
         type=at_least(1),
@@ -73,16 +80,17 @@ def main(argv: list[str] | None = None) -> None:
     from nl_detectron.engine.console import errors_without_traceback
     from nl_detectron.engine.predictor import model_errors
 
-    paths = [args.config_file] if args.config_file else full_configs()
+    paths = args.config_file or full_configs()
     with errors_without_traceback(), model_errors():
         configs = [(Path(path).stem, load_config(path, args.opts)) for path in paths]
         for _, cfg in configs:
             build_meta_model(cfg)
     image_size, clip_size = tuple(args.image_size), tuple(args.clip_size)
     workload = Workload(image_size, args.proposals, args.detections, clip_size)
-    for line in model_rows(configs, workload):
+    named = configs if args.config_file else []
+    for line in model_rows(configs, workload, relative=len(named) > 1):
         print(line, flush=True)
-    if args.config_file:
-        print()
-        for line in block_rows(configs[0][1], workload, args.batch_size):
+    for name, cfg in named:
+        print(f"\n{name}: ", end="")
+        for line in block_rows(cfg, workload, args.batch_size):
             print(line, flush=True)

@@ -80,17 +80,29 @@ def roi_features(model: Any, pooler: Any, number: int) -> Tensor:
     return torch.empty(number, channels, *pooler.output_size, device="meta")
 
 
-def model_rows(configs: Iterable[tuple[str, CfgNode]], workload: Workload) -> Iterator[str]:
-    """Yield the lines of a Markdown table that compares models with and without blocks."""
-    yield "| config | parameters | of the blocks | GMAC | of the blocks | |"
-    yield "|---|---:|---:|---:|---:|---:|"
+def model_rows(
+    configs: Iterable[tuple[str, CfgNode]], workload: Workload, relative: bool = False
+) -> Iterator[str]:
+    """Yield the lines of a Markdown table that compares models with and without blocks.
+
+    Args:
+        configs: name and config of each model.
+        workload: the input.
+        relative: also compare parameters and GMAC with those of the first model.
+    """
+    yield "| config | parameters | of the blocks | GMAC | of the blocks | |" + (
+        " parameters / first | GMAC / first |" if relative else ""
+    )
+    yield "|---|---:|---:|---:|---:|---:|" + ("---:|---:|" if relative else "")
+    first = None
     for name, cfg in configs:
         parameters, gmac = count_parameters_and_gmac(cfg, workload)
         stock_parameters, stock_gmac = count_parameters_and_gmac(without_blocks(cfg), workload)
+        first = first or (parameters, gmac)
         yield (
             f"| {name} | {parameters:,} | {parameters - stock_parameters:,} "
             f"| {gmac:.2f} | {gmac - stock_gmac:.2f} | +{100 * (gmac / stock_gmac - 1):.1f} % |"
-        )
+        ) + (f" {parameters / first[0]:.3f} | {gmac / first[1]:.3f} |" if relative else "")
 
 
 def block_rows(cfg: CfgNode, workload: Workload, batch_size: int) -> Iterator[str]:
@@ -109,11 +121,11 @@ def block_rows(cfg: CfgNode, workload: Workload, batch_size: int) -> Iterator[st
         run_networks(model, workload)
     if not shapes:
         yield (
-            f"No non-local blocks: MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME}, "
+            f"no non-local blocks: MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME}, "
             f"MODEL.ROI_KEYPOINT_HEAD.NAME is {cfg.MODEL.ROI_KEYPOINT_HEAD.NAME}"
         )
         return
-    yield f"Each block, {batch_size} image(s) or clip(s) in training; peak includes gradients:"
+    yield f"each block, {batch_size} image(s) or clip(s) in training; peak includes gradients:"
     yield ""
     yield "| block | input | path | parameters | GMAC | naive | saved for backward | peak |"
     yield "|---|---|---|---:|---:|---:|---:|---:|"

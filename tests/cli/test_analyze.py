@@ -59,7 +59,7 @@ def test_roi_heads_are_counted_per_roi():
 def test_no_blocks():
     (line,) = block_rows(without_blocks(load(RETINANET)), Workload(image_size=(64, 64)), 1)
     name = "build_retinanet_resnet_fpn_backbone"
-    assert line.startswith(f"No non-local blocks: MODEL.BACKBONE.NAME is {name}, ")
+    assert line.startswith(f"no non-local blocks: MODEL.BACKBONE.NAME is {name}, ")
 
 
 def test_mistake():
