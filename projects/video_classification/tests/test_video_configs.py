@@ -222,15 +222,17 @@ def test_cost_of_128_frames(groups, gmac):
 
 
 def test_analyze():
-    """The command of nl_detectron knows these configs by detectron2's hook."""
-    project = CONFIGS.parent
-    env = os.environ | {
-        "DETECTRON2_ENV_MODULE": "video_classification.env",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(project)]),
-    }
-    leaf = CONFIGS / "Kinetics" / "c2d_R_101_NL5_32x2.yaml"
-    command = [sys.executable, "tools/analyze.py", "--config-file", leaf, "--clip-size"]
-    command += ["16", "112", "112", "MODEL.VIDEO.POOLING", "paper"]
+    """The command knows these configs by detectron2's hook; 128 frames, without groups and with."""
+    path = os.pathsep.join([str(ROOT), str(CONFIGS.parent)])
+    env = os.environ | {"DETECTRON2_ENV_MODULE": "video_classification.env", "PYTHONPATH": path}
+    command = [sys.executable, "tools/analyze.py", "--clip-size", "128", "224", "224"]
+    for leaf in ("i3d_R_50_NL5_32x2", "i3d_R_50_NL5_128x1"):
+        command += ["--config-file", str(CONFIGS / "Kinetics" / f"{leaf}.yaml")]
+    command += ["MODEL.VIDEO.POOLING", "paper"]
     run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
-    assert "| c2d_R_101_NL5_32x2 | 50,678,224 | 7,358,464 |" in run.stdout
-    assert "| backbone.res4.non_local20 | 1 x 1024 x 2 x 7 x 7 | naive | 2,101,760 |" in run.stdout
+    rows = [line.split(" | ") for line in run.stdout.splitlines() if line.startswith("| i3d_R_50")]
+    assert rows[0][:2] == ["| i3d_R_50_NL5_32x2", "35,401,936"]
+    assert [float(row[3]) for row in rows] == pytest.approx([200.9, 170.7], abs=0.05)
+    assert [row[-1] for row in rows] == ["1.000 |", f"{170.686 / 200.897:.3f} |"]
+    block = "| backbone.res3.non_local1 | 1 x 512 x 16 x 28 x 28 | blocked | 526,592 |"
+    assert block in run.stdout
