@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         cfg = load_config(args.config_file, args.opts, default_video_config)
         backbone = build_backbone(without_blocks(cfg))
         load_image_weights(backbone, args.input, args.source)
-        state = {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
+        state = backbone.state_dict()
         save(state, args.output, DIALECTS["nl_detectron"])
     note = DIALECTS[args.source].note
     print(f"{args.output}: {len(state)} tensors" + (f"; train with {note}" if note else ""))

@@ -76,7 +76,7 @@ class TemporalShift(nn.Module):
         if self.online:
             if self.last_frame is not None:
                 out[:, : self.channels, 0] = self.last_frame
-            self.last_frame = x[:, : self.channels, -1].clone()
+            self.last_frame = x[:, : self.channels, -1].detach().clone()
         return out
 
     def extra_repr(self) -> str:
