@@ -5,7 +5,8 @@ determine, such as its subsampling, come from --config-file or --block. Put the 
 the end into the config.
 
     nl-detectron convert resnet50.pth R-50.pkl --from torchvision --to detectron2
-    nl-detectron convert i3d_nl.pth blocks.pth --from mmcv --to nl_detectron --dim 2
+    nl-detectron convert I3D_8x8_R50.pyth i3d.pth --from pytorchvideo --to nl_detectron
+    nl-detectron convert i3d_nl.pth blocks.pth --from mmcv --to nl_detectron --dim 2 --blocks-only
     nl-detectron convert model_final.pth mmcv.pth --from nl_detectron --to mmcv \\
         --block subsample=2 subsample_position=after_conv
 """
@@ -19,8 +20,8 @@ from typing import Any
 from nl_detectron_cli.arguments import add_config_file, command_parser
 
 LIBRARIES = (
-    *("nl_detectron", "detectron2", "mmcv", "pytorchvideo", "slowfast", "alexhex7", "timm"),
-    *("torchvision", "caffe2"),
+    *("nl_detectron", "detectron2", "mmcv", "mmaction2_tsm", "tsm", "pytorchvideo", "slowfast"),
+    *("alexhex7", "timm", "torchvision", "caffe2"),
 )
 """Names of ``nl_detectron.weights.DIALECTS``."""
 
@@ -48,6 +49,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=int,
         choices=(1, 2, 3),
         help="dimensions of the blocks: 2 for images, 3 for video",
+    )
+    parser.add_argument(
+        "--blocks-only",
+        action="store_true",
+        help="leave out everything but the non-local blocks",
     )
     parser.add_argument(
         "--block",
@@ -82,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
             return {**(config.options(name) if config else {}), **dict(args.block)}
 
         state, other_entries = load(args.input)
-        result = convert(state, args.source, args.target, options, args.dim)
+        result = convert(state, args.source, args.target, options, args.dim, args.blocks_only)
         result.dropped |= dict.fromkeys(other_entries, "not part of the state dict")
         if config and args.target == "nl_detectron":
             config.add_missing_blocks(result)

@@ -22,16 +22,18 @@ from nl_detectron.weights.names import (
     block_keys,
     find_block_keys,
     inverse,
+    local_name,
+    network_keys,
     rename,
     summarize_keys,
 )
+from nl_detectron.weights.video import BLOCKS_ALONE, classifier_name, is_video, video_keys
 
-# In a detector: the prefix of its ResNet, and its parts outside of the ResNet
-_RESNET_PREFIX = re.compile(r"^backbone\.(bottom_up\.)?(?=stem\.|res\d\.|linear\.)")
+# In a detector: its parts outside of the ResNet
 _NOT_RESNET = re.compile(
     r"backbone\.(fpn_|top_block)|proposal_generator|roi_heads|sem_seg_head|head\.|pixel_"
 )
-_NOT_A_BLOCK = "not part of a non-local block; only blocks are converted for this dialect"
+_NOT_A_BLOCK = "not part of a non-local block; only blocks are converted"
 _NO_COUNTER = "the target has no such counter"
 
 
@@ -45,6 +47,7 @@ class Conversion:
         dropped: key of the source that is left out -> reason.
         added: key of the result without counterpart in the source -> what it is.
         blocks: the non-local blocks, by their names in ours.
+        video: keys of ``MODEL`` that describe the network, if it is one for video -> value.
     """
 
     state: dict[str, Tensor] = field(default_factory=dict)
@@ -52,6 +55,7 @@ class Conversion:
     dropped: dict[str, str] = field(default_factory=dict)
     added: dict[str, str] = field(default_factory=dict)
     blocks: dict[str, Block] = field(default_factory=dict)
+    video: dict[str, Any] = field(default_factory=dict)
 
     def add_tensor(self, key: str, tensor: Tensor, source: str | None, note: str = "") -> None:
         """Add a tensor that comes from a key of the source, or that ``note`` describes."""
@@ -78,6 +82,7 @@ def convert(
     target: str,
     options: Callable[[str], Mapping[str, Any]] = lambda block: {},
     dim: int | None = None,
+    blocks_only: bool = False,
 ) -> Conversion:
     """Convert the weights of a network, or of a single block, from one dialect to another.
 
@@ -91,10 +96,12 @@ def convert(
             and a different ``scale`` is folded into theta.
         dim: number of axes of the convolutions in the result, 2 for images and 3 for video, where
             the target supports both; default: unchanged.
+        blocks_only: leave out everything but the non-local blocks.
 
     Raises:
-        ValueError: an unknown dialect, keys that the dialect does not have, or a block that does
-            not exist in the target or contradicts ``options``. The message names keys and block.
+        ValueError: an unknown dialect, keys that the dialect does not have, a network for video
+            without its classifier, or a block that does not exist in the target or contradicts
+            ``options``. The message names keys and block.
     """
     for name in (source, target):
         if name not in DIALECTS:
@@ -104,14 +111,26 @@ def convert(
     result = Conversion()
     entries = _read_tensors(state, source_dialect, result)
     _read_blocks(entries, source_dialect, result)
+    if blocks_only or source_dialect.blocks_only or target_dialect.blocks_only:
+        result.dropped |= {str(entry.source): _NOT_A_BLOCK for entry in entries.values()}
+        entries = {}
     network = _read_network(entries, source_dialect, result)
+    if dim is not None:
+        network = _reshape(network, dim)
+    if source_dialect.backbone or target_dialect.backbone:
+        tensors = {local_name(name): entry.tensor for name, entry in network.items()}
+        if is_video(tensors):
+            result.video = video_keys(tensors, source_dialect)
+    if result.video and target_dialect.backbone is None:
+        network = {classifier_name(name): entry for name, entry in network.items()}
+        result.blocks = {classifier_name(name): block for name, block in result.blocks.items()}
     for name, block in result.blocks.items():
         if target_dialect.block:
             with _name_block_in_errors(name):
                 block.apply_options({**options(name), **({} if dim is None else {"dim": dim})})
                 block.convert_to(target_dialect)
         _write_block(name, block, target_dialect, result)
-    _write_network(network if dim is None else _reshape(network, dim), target_dialect, result)
+    _write_network(network, target_dialect, result)
     if not result.state:
         raise ValueError(
             f"nothing to convert from {source!r} to {target!r} in {summarize_keys(state)}; "
@@ -160,24 +179,22 @@ def _read_network(entries: _Entries, dialect: Dialect, result: Conversion) -> _E
     if dialect.backbone is None:
         return entries
     to_ours = inverse(dialect.backbone)
-    network, unknown = {}, []
-    for key, entry in entries.items():
-        ours = rename(key, to_ours)
-        if ours is not None:
-            network[ours] = entry
-        elif dialect.blocks_only:
-            result.dropped[str(entry.source)] = _NOT_A_BLOCK
-        else:
-            unknown.append(key)
+    ours = {key: rename(key, to_ours) for key in entries}
+    network = {name: entries[key] for key, name in ours.items() if name is not None}
+    theirs = network_keys(network, dialect, result.blocks)
+    unknown = [key for key, name in ours.items() if name is None or theirs[name] != key]
     if network:  # detectron2's ResNets have blocks after residual blocks only
         unknown += [name for name in result.blocks if not rename(name, dialect.block_names)]
+    if dialect.backbone_of_images:
+        unknown += [key for key, entry in entries.items() if entry.tensor.dim() == 5]
     if unknown:
         raise ValueError(
             f"not in this dialect, or not in detectron2's ResNets: {summarize_keys(unknown)}"
+            + (f"; {BLOCKS_ALONE}" if result.blocks else "")
         )
     if dialect.affine_norm:
         _add_running_statistics(network)
-    return network
+    return _reshape(network, 3) if dialect.backbone_of_images else network
 
 
 def _add_running_statistics(network: _Entries) -> None:
@@ -207,9 +224,9 @@ def _reshape(network: _Entries, dim: int) -> _Entries:
 
 def _write_block(name: str, block: Block, dialect: Dialect, result: Conversion) -> None:
     if dialect.backbone is not None:
-        name = _RESNET_PREFIX.sub("", name)
+        name = local_name(name)
         name = rename(name, dialect.block_names) or name
-    prefix = name + dialect.separator if name else ""
+    prefix = dialect.prefix + name + dialect.separator if name else ""
     key_map = block_keys(
         dialect,
         subsampled=block.options.get("subsample") == 2,
@@ -227,17 +244,22 @@ def _write_block(name: str, block: Block, dialect: Dialect, result: Conversion) 
 
 
 def _write_network(network: _Entries, dialect: Dialect, result: Conversion) -> None:
+    if dialect.backbone_of_images:
+        network = _reshape(network, 2)
+    keys: Mapping[str, str | None] = {name: name for name in network}
+    if dialect.backbone is not None:
+        local = {name: local_name(name) for name in network}
+        blocks = {local_name(name) for name in result.blocks}
+        theirs = network_keys(set(local.values()), dialect, blocks)
+        keys = {name: theirs[local[name]] for name in network}
     unknown = []
     for name, (tensor, source) in network.items():
-        key: str | None = name
-        if dialect.backbone is not None:
-            key = rename(_RESNET_PREFIX.sub("", name), dialect.backbone)
+        key = keys[name]
         if key is not None:
-            result.add_tensor(key, tensor, source, "the source has only scale and bias")
+            note = "the source has only scale and bias"
+            result.add_tensor(dialect.prefix + key, tensor, source, note)
         elif source is None:
             continue
-        elif dialect.blocks_only:
-            result.dropped[source] = _NOT_A_BLOCK
         elif _NOT_RESNET.match(name):
             result.dropped[source] = "part of the detector outside of its ResNet"
         elif name.endswith("num_batches_tracked"):

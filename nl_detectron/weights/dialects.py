@@ -13,8 +13,11 @@ Sources: mmcv ``cnn/bricks/non_local.py``, mmaction2 ``models/backbones/resnet3d
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from nl_detectron.weights import networks
+from nl_detectron.weights.networks import caffe2_keys, torch_keys
 
 _STAGES = (2, 3, 4, 5)
 SAME_PARAMETERS = ("embedded_gaussian", "dot_product")  # weights cannot tell these two apart
@@ -30,8 +33,10 @@ class Dialect:
             and ``{norm}`` become ".0" in blocks that subsample or have a norm, "" in others.
         block_names: key map of the names of blocks in a ResNet. A block elsewhere keeps its name.
         separator: what joins the name of a block and the name of its parameter.
-        backbone: key map of the ResNet's parameters; empty if only blocks are converted, ``None``
-            if every key is named as in detectron2.
+        backbone: key map of the ResNet's parameters, one of :mod:`nl_detectron.weights.networks`;
+            empty if only blocks are converted, ``None`` if every key is named as in detectron2.
+        backbone_of_images: the ResNet has 2-D convolutions, though its blocks have 3-D ones.
+        prefix: what every key begins with.
         ignored: pattern of keys to leave out -> reason.
         fixed: arguments of our block that have a single value in theirs.
         pairwise: the pairwise functions that their block supports.
@@ -49,6 +54,8 @@ class Dialect:
     block_names: Mapping[str, str] = field(default_factory=dict)
     separator: str = "."
     backbone: Mapping[str, str] | None = field(default_factory=dict)
+    backbone_of_images: bool = False
+    prefix: str = ""
     ignored: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
     pairwise: tuple[str, ...] = SAME_PARAMETERS
@@ -71,57 +78,6 @@ class Dialect:
         return any("{pool}" in name for name in self.block.values())
 
 
-def _torch_keys(modules: Mapping[str, str]) -> dict[str, str]:
-    names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-    return {f"{ours}.{n}": f"{theirs}.{n}" for ours, theirs in modules.items() for n in names}
-
-
-def _caffe2_keys(modules: Mapping[str, str]) -> dict[str, str]:
-    conv = {"weight": "w", "bias": "b"}
-    # "riv" reads like inverse variance, but video-nonlocal-net says that it holds the variance.
-    norm = {"weight": "s", "bias": "b", "running_mean": "rm", "running_var": "riv"}
-    return {
-        f"{ours}.{n}": f"{theirs}_{short}"
-        for ours, theirs in modules.items()
-        for n, short in (norm if ours.endswith("norm") else conv).items()
-    }
-
-
-_TORCHVISION_RESNET = _torch_keys(
-    {
-        "stem.conv1": "conv1",
-        "stem.conv1.norm": "bn1",
-        **{f"res{s}.{{i}}.shortcut": f"layer{s - 1}.{{i}}.downsample.0" for s in _STAGES},
-        **{f"res{s}.{{i}}.shortcut.norm": f"layer{s - 1}.{{i}}.downsample.1" for s in _STAGES},
-        **{
-            f"res{s}.{{i}}.conv{n}{norm}": f"layer{s - 1}.{{i}}.{name}{n}"
-            for s in _STAGES
-            for n in (1, 2, 3)
-            for norm, name in (("", "conv"), (".norm", "bn"))
-        },
-        "linear": "fc",
-    }
-)
-
-_CAFFE2_RESNET = _caffe2_keys(
-    {
-        "stem.conv1": "conv1",
-        "stem.conv1.norm": "res_conv1_bn",
-        **{
-            f"res{s}.{{i}}.{ours}{norm}": f"res{s}_{{i}}_{theirs}{bn}"
-            for s in _STAGES
-            for ours, theirs in (
-                ("shortcut", "branch1"),
-                ("conv1", "branch2a"),
-                ("conv2", "branch2b"),
-                ("conv3", "branch2c"),
-            )
-            for norm, bn in (("", ""), (".norm", "_bn"))
-        },
-        "linear": "pred",
-    }
-)
-
 # As in the released configs (NONLOCAL.USE_SCALE True), with NONLOCAL.GROUP 1
 _ALL_POSITIONS = {"axes": "spacetime", "group_frames": 0}
 _AS_RELEASED = {"subsample_position": "before_conv", "scale": True, **_ALL_POSITIONS}
@@ -129,10 +85,43 @@ _IMAGENET_RGB = (
     "INPUT.FORMAT RGB, MODEL.PIXEL_MEAN [123.675, 116.280, 103.530], MODEL.PIXEL_STD "
     "[58.395, 57.120, 57.375], MODEL.RESNETS.STRIDE_IN_1X1 False"
 )
+_VIDEO_RGB = (
+    "INPUT.FORMAT RGB, MODEL.PIXEL_MEAN [114.75, 114.75, 114.75], MODEL.PIXEL_STD [57.375, 57.375, "
+    "57.375], MODEL.RESNETS.STRIDE_IN_1X1 False"
+)
+_TSM_NOTE = (
+    f"{_IMAGENET_RGB}, MODEL.VIDEO.POOLING space, MODEL.VIDEO.SHIFT.DIRECTION bidirectional, and "
+    "MODEL.VIDEO.SHIFT.EVERY 2 for R101, else 1"
+)
+
+# Networks and the names of blocks are those of mmaction2.
+_MMCV = Dialect(
+    block=torch_keys(
+        {
+            "theta": "theta.conv",
+            "phi": "phi{pool}.conv",
+            "g": "g{pool}.conv",
+            "conv_out": "conv_out.conv",
+            "norm": "conv_out.bn",
+            "concat_project": "concat_project.conv",
+        }
+    ),
+    block_names={
+        f"res{s}.non_local{{i}}": f"backbone.layer{s - 1}.{{i}}.non_local_block" for s in _STAGES
+    },
+    backbone=networks.MMACTION2,
+    fixed={"subsample_position": "after_conv", **_ALL_POSITIONS},
+    pairwise=ALL_PAIRWISE,
+    bias_before_norm=False,
+    concat_dim=2,
+    state_dict_key="state_dict",
+    note=f"{_IMAGENET_RGB}, and MODEL.VIDEO.POOLING mmaction2 for I3D, released_8x8 for C2D, space "
+    "for C2D without pooling over time (its C2D has 2-D kernels: convert it with --dim 3)",
+)
 
 DIALECTS = {
     "nl_detectron": Dialect(
-        block=_torch_keys(
+        block=torch_keys(
             {
                 "theta": "theta",
                 "phi": "phi",
@@ -148,30 +137,38 @@ DIALECTS = {
         state_dict_key="model",
     ),
     "detectron2": Dialect(backbone=None, fixed={"dim": 2}, state_dict_key="model"),
-    # Blocks are named as in mmaction2.
-    "mmcv": Dialect(
-        block=_torch_keys(
+    "mmcv": _MMCV,
+    "mmaction2_tsm": replace(
+        _MMCV,
+        backbone=networks.MMACTION2_TSM,
+        backbone_of_images=True,
+        fixed={"dim": 3, **_MMCV.fixed},
+        note=_TSM_NOTE,
+    ),
+    "tsm": Dialect(
+        block=torch_keys(
             {
-                "theta": "theta.conv",
-                "phi": "phi{pool}.conv",
-                "g": "g{pool}.conv",
-                "conv_out": "conv_out.conv",
-                "norm": "conv_out.bn",
-                "concat_project": "concat_project.conv",
+                "theta": "theta",
+                "phi": "phi{pool}",
+                "g": "g{pool}",
+                "conv_out": "W{norm}",
+                "norm": "W.1",
             }
         ),
         block_names={
-            f"res{s}.non_local{{i}}": f"backbone.layer{s - 1}.{{i}}.non_local_block"
-            for s in _STAGES
+            f"res{s}.non_local{{i}}": f"base_model.layer{s - 1}.{{i}}.nl" for s in _STAGES
         },
-        fixed={"subsample_position": "after_conv", **_ALL_POSITIONS},
-        pairwise=ALL_PAIRWISE,
-        bias_before_norm=False,
-        concat_dim=2,
+        backbone=networks.TSM,
+        backbone_of_images=True,
+        prefix="module.",
+        fixed={"dim": 3, "subsample_position": "after_conv", "scale": False, **_ALL_POSITIONS},
+        pairwise=("embedded_gaussian",),
+        norms=("BN",),
         state_dict_key="state_dict",
+        note=_TSM_NOTE,
     ),
     "pytorchvideo": Dialect(
-        block=_torch_keys(
+        block=torch_keys(
             {
                 "theta": "conv_theta",
                 "phi": "conv_phi",
@@ -180,10 +177,12 @@ DIALECTS = {
                 "norm": "norm",
             }
         ),
+        backbone=networks.PYTORCHVIDEO,
         fixed={"dim": 3, **_AS_RELEASED},
+        note=f"{_VIDEO_RGB}, MODEL.VIDEO.POOLING slowfast",
     ),
     "slowfast": Dialect(
-        block=_torch_keys(
+        block=torch_keys(
             {
                 "theta": "conv_theta",
                 "phi": "conv_phi",
@@ -193,12 +192,15 @@ DIALECTS = {
             }
         ),
         block_names={f"res{s}.non_local{{i}}": f"s{s}.pathway0_nonlocal{{i}}" for s in _STAGES},
+        backbone=networks.SLOWFAST,
         fixed={"dim": 3, **_AS_RELEASED},
         norms=("BN",),
         state_dict_key="model_state",
+        note=f"{_VIDEO_RGB}, and MODEL.VIDEO.POOLING slowfast, space for C2D without "
+        "pooling over time",
     ),
     "alexhex7": Dialect(
-        block=_torch_keys(
+        block=torch_keys(
             {
                 "theta": "theta",
                 "phi": "phi{pool}",
@@ -214,29 +216,30 @@ DIALECTS = {
     ),
     # For blocks made with use_scale=True, the default.
     "timm": Dialect(
-        block=_torch_keys({"theta": "t", "phi": "p", "g": "g", "conv_out": "z", "norm": "norm"}),
-        backbone=_TORCHVISION_RESNET,
+        block=torch_keys({"theta": "t", "phi": "p", "g": "g", "conv_out": "z", "norm": "norm"}),
+        backbone=networks.TORCHVISION,
         fixed={"dim": 2, "subsample": 1, "scale": True},
         norms=("BN",),
         pairwise=("embedded_gaussian",),
         scales_by_in_channels=True,
         note=f"{_IMAGENET_RGB}; a few timm models have another mean and std (pretrained_cfg)",
     ),
-    "torchvision": Dialect(backbone=_TORCHVISION_RESNET, fixed={"dim": 2}, note=_IMAGENET_RGB),
+    "torchvision": Dialect(backbone=networks.TORCHVISION, fixed={"dim": 2}, note=_IMAGENET_RGB),
     "caffe2": Dialect(
-        block=_caffe2_keys(
+        block=caffe2_keys(
             {"theta": "theta", "phi": "phi", "g": "g", "conv_out": "out", "norm": "bn"}
         ),
         block_names={f"res{s}.non_local{{i}}": f"nonlocal_conv{s}_{{i}}" for s in _STAGES},
         separator="_",
-        backbone=_CAFFE2_RESNET,
+        backbone=networks.CAFFE2,
         ignored={r".*_momentum|lr|model_iter": "optimizer state"},
         fixed=_AS_RELEASED,
         affine_norm=True,
         state_dict_key="blobs",
-        note="for video-nonlocal-net, INPUT.FORMAT RGB, MODEL.PIXEL_MEAN [114.75, 114.75, "
-        "114.75], MODEL.PIXEL_STD [57.375, 57.375, 57.375], MODEL.RESNETS.STRIDE_IN_1X1 False, and "
-        "its stem pools without padding; for Detectron's R-50 or R-101, INPUT.FORMAT BGR, "
+        note=f"for video-nonlocal-net, {_VIDEO_RGB}, and MODEL.VIDEO.POOLING released_32x2 for its "
+        "models of 32 (stride 2) and 128 frames, released_8x8 for 8 and 32 (stride 4); on images, "
+        "its stem pools without padding; for SlowFast's models in this format the same, but "
+        "MODEL.VIDEO.POOLING slowfast; for Detectron's R-50 or R-101, INPUT.FORMAT BGR, "
         "MODEL.PIXEL_MEAN [102.9801, 115.9465, 122.7717], MODEL.PIXEL_STD [1.0, 1.0, 1.0], "
         "MODEL.RESNETS.STRIDE_IN_1X1 True",
     ),

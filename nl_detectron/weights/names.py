@@ -8,14 +8,54 @@ from collections.abc import Collection, Mapping
 
 from nl_detectron.weights.dialects import Dialect
 
+# In a detector or a classifier of videos: the prefix of its ResNet, and of the linear layer
+_RESNET_PREFIX = re.compile(
+    r"^(backbone\.(bottom_up\.)?(?=stem\.|res\d\.|linear\.)|head\.(?=linear\.))"
+)
+# Parts of keys in TSM; see nl_detectron.weights.networks.
+_OPTIONAL = {"{wrap}": ".block", "{shift}": ".net"}
+
 
 def rename(name: str, key_map: Mapping[str, str]) -> str | None:
     """Look up a name in a key map, in which ``{i}`` matches any number; ``None`` if not found."""
     for template, other in key_map.items():
-        match = re.fullmatch(re.escape(template).replace(r"\{i\}", r"(\d+)"), name)
+        pattern = re.escape(template).replace(r"\{i\}", r"(\d+)")
+        for part, text in _OPTIONAL.items():
+            pattern = pattern.replace(re.escape(part), f"(?:{re.escape(text)})?")
+        match = re.fullmatch(pattern, name)
         if match:
             return other.replace("{i}", match[1]) if match.groups() else other
     return None
+
+
+def local_name(name: str) -> str:
+    """Remove the prefix that a parameter or block of a ResNet has in a larger model of ours."""
+    return _RESNET_PREFIX.sub("", name)
+
+
+def network_keys(
+    names: Collection[str], dialect: Dialect, blocks: Collection[str]
+) -> dict[str, str | None]:
+    """Return the key of every parameter of a ResNet in a dialect; ``None`` if it has none.
+
+    Args:
+        names: of the parameters, in ours.
+        dialect: see :attr:`Dialect.backbone`.
+        blocks: names of the non-local blocks, in ours.
+    """
+    every = 2 if "res4.22.conv1.weight" in names else 1  # TSM shifts so in deep networks
+    keys = {}
+    for name in names:
+        key = rename(name, dialect.backbone or {})
+        residual = re.match(r"(res\d)\.(\d+)\.", name)
+        if key and residual:
+            stage, index = residual.groups()
+            has = {"{wrap}": f"{stage}.non_local{index}" in blocks}
+            has["{shift}"] = int(index) % every == 0
+            for part, text in _OPTIONAL.items():
+                key = key.replace(part, text * has[part])
+        keys[name] = key
+    return keys
 
 
 def inverse(key_map: Mapping[str, str]) -> dict[str, str]:

@@ -21,6 +21,9 @@ def report(result: Conversion, source: str, target: str, verbose: bool) -> Itera
             shown = keys if verbose else keys[:4]
             yield f"{len(keys)} {what}: {reason}"
             yield f"  {', '.join(shown)}{', ...' if len(keys) > len(shown) else ''}"
+    if result.video:
+        yield "The network for video has these settings:"
+        yield from (f"  MODEL.{key} {value!r}" for key, value in result.video.items())
     if DIALECTS[target].block:
         yield from _describe_blocks(result, target)
     note = DIALECTS[source].note or DIALECTS[target].note

@@ -19,12 +19,14 @@ LAYOUTS = {
     "mmcv": "theta.conv phi{p}.conv g{p}.conv conv_out.conv conv_out.bn",
     "alexhex7": "theta phi{p} g{p} W{n} W.1",
     "pytorchvideo": "conv_theta conv_phi conv_g conv_out norm",
+    "tsm": "theta phi{p} g{p} W{n} W.1",
     "slowfast": "conv_theta conv_phi conv_g conv_out bn",
     "timm": "t p g z norm",
     "caffe2": "theta phi g out bn",
 }
 W_F = {"mmcv": "concat_project.conv.weight", "alexhex7": "concat_project.0.weight"}
 NORM = {"weight": "s", "bias": "b", "running_mean": "rm", "running_var": "riv"}  # in Caffe2
+AFTER_CONV = (*W_F, "tsm")  # is the pooling
 STATISTICS = [f"conv_out.bn.{n}" for n in ("running_mean", "running_var", "num_batches_tracked")]
 C, D = 12, 3  # timm's theta is then rescaled by 2, which loses no bit
 YES_NO = (False, True)
@@ -69,9 +71,9 @@ class Peer:
             x,
             weights,
             self.pairwise,
-            scale=self.dialect not in ("timm", "alexhex7"),
+            scale=self.dialect not in ("timm", "alexhex7", "tsm"),
             subsample=1 + self.pooled,
-            subsample_position="after_conv" if self.dialect in W_F else "before_conv",
+            subsample_position="after_conv" if self.dialect in AFTER_CONV else "before_conv",
             norm="BN" if self.normed else "",
         )
 
@@ -88,6 +90,7 @@ def cases():
         for dim, normed in itertools.product((2, 3), YES_NO):
             yield "caffe2", pairwise, dim, pooled, normed
     yield "timm", "embedded_gaussian", 2, False, True
+    yield "tsm", "embedded_gaussian", 3, True, True
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +144,7 @@ class TestBlock:
         dialect, pairwise, dim, pooled, normed = case
         options = {
             "subsample": 1 + pooled,
-            "subsample_position": "after_conv" if dialect in W_F else "before_conv",
+            "subsample_position": "after_conv" if dialect in AFTER_CONV else "before_conv",
             "pairwise": pairwise,
             "scale": True,
             "dim": dim,

@@ -43,7 +43,8 @@ class Malicious:
 
 # Keys of the files of each library, the first of which has the weights; others hold these alone.
 KEYS = dict.fromkeys(["nl_detectron", "detectron2"], ["model", "__author__", "matching_heuristics"])
-KEYS |= {"mmcv": ["state_dict"], "slowfast": ["model_state"], "caffe2": ["blobs"]}
+KEYS |= dict.fromkeys(["mmcv", "mmaction2_tsm", "tsm"], ["state_dict"])
+KEYS |= {"slowfast": ["model_state"], "caffe2": ["blobs"]}
 
 
 def read(path):

@@ -105,7 +105,7 @@ class TestResNet:
                     **{f"layer1.0.se.{name}.weight": [8, 64, 1, 1] for name in "tpg"},
                     "layer1.0.se.z.weight": [64, 8, 1, 1],
                 },
-                r"1 key: layer1\.0\.se$",
+                r"1 key: layer1\.0\.se; .*--blocks-only",
             ),
         ],
         ids=["another stem", "a block inside a residual block"],
@@ -179,7 +179,7 @@ class TestCaffe2:
     def test_blocks_alone_go_to_slowfast(self, blobs):
         for key in [k for k in blobs if k.endswith(("_rm", "_riv")) and "nonlocal" not in k]:
             del blobs[key]
-        result = convert(blobs, "caffe2", "slowfast")
+        result = convert(blobs, "caffe2", "slowfast", blocks_only=True)
         assert_accounted(blobs, result)
         assert set(result.mapped) == {key for key in blobs if "nonlocal" in key}
 
@@ -197,10 +197,12 @@ class TestCaffe2:
             convert(blobs, "caffe2", "nl_detectron", dim=2)
 
 
-def test_only_blocks_are_taken_from_video_networks():
+def test_only_blocks_are_taken_from_a_network():
     block, theirs = mmcv_network()
     state = theirs | {"backbone.conv1.conv.weight": torch.ones(8, 3, 5, 7, 7), "epoch": 3}
-    result = convert(state, "mmcv", "nl_detectron")
+    with pytest.raises(ValueError, match=r"lacks backbone\.layer1\.0\.conv2.*--blocks-only"):
+        convert(state, "mmcv", "nl_detectron")
+    result = convert(state, "mmcv", "nl_detectron", blocks_only=True)
     assert_accounted(state, result)
     assert result.dropped.keys() == {"backbone.conv1.conv.weight", "epoch"}
     assert_same_bits({f"res4.non_local4.{k}": v for k, v in block.items()}, result.state)
