@@ -23,7 +23,7 @@ CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 ROOMS = {
     "": "paths ops config norm parts non_local backbone keypoint_head __init__ env",
     "model_zoo": "files model_zoo",
-    "weights": "dialects names blocks files convert report config_blocks",
+    "weights": "networks dialects names video blocks files convert report config_blocks",
     "analysis": "geometry drawing.colors drawing.canvas drawing.figures attention queries "
     "health cost detector_cost",
     "engine": "console frames checkpoint predictor schedule trainer ablation launch "
