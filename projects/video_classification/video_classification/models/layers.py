@@ -121,9 +121,10 @@ class Bottleneck3d(CNNBlockBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, T, H, W) -> map."""
-        out = F.relu_(self.conv1(self.shift(x)))
-        out = self.conv3(F.relu_(self.conv2(out)))
-        out += x if self.shortcut is None else self.shortcut(x)
+        # Not in place: a norm returns a view, and writing into views makes backward passes slow.
+        out = F.relu(self.conv1(self.shift(x)))
+        out = self.conv3(F.relu(self.conv2(out)))
+        out = out + (x if self.shortcut is None else self.shortcut(x))
         return F.relu_(out)
 
 
@@ -146,4 +147,4 @@ class Stem3d(CNNBlockBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """Clip -> map."""
-        return self.pool(F.relu_(self.conv1(x)))
+        return self.pool(F.relu(self.conv1(x)))
