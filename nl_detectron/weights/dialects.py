@@ -196,8 +196,8 @@ DIALECTS = {
         fixed={"dim": 3, **_AS_RELEASED},
         norms=("BN",),
         state_dict_key="model_state",
-        note=f"{_VIDEO_RGB}, and MODEL.VIDEO.POOLING slowfast, space for C2D without "
-        "pooling over time",
+        note=f"{_VIDEO_RGB}, and MODEL.VIDEO.POOLING slowfast, or space where its MODEL.ARCH is "
+        "2d, slow_c2d or slow_i3d",
     ),
     "alexhex7": Dialect(
         block=torch_keys(

@@ -174,15 +174,23 @@ def configured(result, pooling, shift=""):
     return model
 
 
-def trained(model, last):
-    """The model as after training, with logits around 1."""
+def random_clips(frames):
+    """Two clips, which differ in their colours, so that the mean over a map does not hide it."""
+    return 2 * torch.randn(2, 3, 1, 1, 1) + torch.randn(2, 3, frames, 64, 64)
+
+
+def logits_of_trained(model, last, x):
+    """Logits around 1 of two clips, by the model as after training."""
     for name, tensor in model.state_dict().items():
-        if name.endswith("running_var"):
-            nn.init.uniform_(tensor, 0.5, 1.5)
-        elif tensor.is_floating_point() and tensor.dim() == 1:
-            nn.init.normal_(tensor, 0.5 * name.endswith("weight"), 0.2)
-    nn.init.normal_(last.weight, std=0.001)
-    return model.eval()
+        if tensor.is_floating_point() and tensor.dim() == 1:
+            if name.endswith(("running_var", "weight")):
+                nn.init.uniform_(tensor, 0.5, 1.5)
+            else:
+                nn.init.normal_(tensor, std=0.1)
+    last.weight /= model.eval()(x).std()
+    logits = model(x)
+    assert (logits[0] - logits[1]).abs().max() > 0.1
+    return logits
 
 
 @pytest.mark.parametrize("name", ["c2d_r50", "i3d_r50"])
@@ -193,12 +201,10 @@ def test_pytorchvideo(name):
     )
     # Its head averages windows of 7 x 7, which are the whole map at 224 x 224.
     theirs = getattr(hub, name)(head_pool_kernel_size=(4, 2, 2))
-    trained(theirs, theirs.blocks[6].proj)
+    clips = random_clips(8)
+    expected = logits_of_trained(theirs, theirs.blocks[6].proj, clips)
     state = theirs.state_dict()
     result = convert(state, "pytorchvideo", "nl_detectron")
-    clips = torch.randn(2, 3, 8, 64, 64)
-    expected = theirs(clips)
-    assert 0.1 < expected.std() < 10
     assert_close(configured(result, "slowfast")(clips), expected, rtol=1e-5, atol=1e-5)
     back = convert(result.state, "nl_detectron", "pytorchvideo")
     assert_close(back.state, dict(state), rtol=0, atol=0)
@@ -223,6 +229,13 @@ class Shift(nn.Module):
         return self.net(y.flatten(0, 1))
 
 
+class Mean(nn.Module):
+    """TSM's consensus of the frames."""
+
+    def forward(self, x):
+        return x.mean(1)
+
+
 @pytest.mark.parametrize(("blocks", "every"), [((1, 2, 2, 1), 1), ((1, 1, 23, 2), 2)])
 @torch.no_grad()
 def test_tsm(blocks, every):
@@ -232,14 +245,14 @@ def test_tsm(blocks, every):
     for stage in (base.layer1, base.layer2, base.layer3, base.layer4):
         for block in list(stage)[::every]:
             block.conv1 = Shift(block.conv1, frames)
-    trained(base, base.fc)
+    clips = random_clips(frames)
+    images = clips.transpose(1, 2).flatten(0, 1)
+    consensus = nn.Sequential(base, nn.Unflatten(0, (-1, frames)), Mean())
+    expected = logits_of_trained(consensus, base.fc, images)
     state = {f"module.base_model.{key}": value for key, value in base.state_dict().items()}
     for name in ("weight", "bias"):
         state[f"module.new_fc.{name}"] = state.pop(f"module.base_model.fc.{name}")
     result = convert(state, "tsm", "nl_detectron")
-    clips = torch.randn(2, 3, frames, 64, 64)
-    expected = base(clips.transpose(1, 2).flatten(0, 1)).unflatten(0, (-1, frames)).mean(1)
-    assert 0.01 < expected.std() < 10
     ours = configured(result, "space", "bidirectional")
     assert_close(ours(clips), expected, rtol=1e-5, atol=1e-5)
     assert_close(convert(result.state, "nl_detectron", "tsm").state, state, rtol=0, atol=0)
