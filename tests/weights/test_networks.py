@@ -284,8 +284,10 @@ class TestTool:
         assert "STRIDE_IN_1X1" not in out  # there is no ResNet
 
     def test_prints_what_the_config_must_set(self, run):
-        torch.save({"state_dict": mmcv_network()[1], "meta": {"epoch": 3}}, "in.pth")
-        out = run("mmcv", "nl_detectron", "--dim", 2, "--verbose")
+        state = mmcv_network()[1] | {"neck.weight": torch.ones(1)}
+        torch.save({"state_dict": state, "meta": {"epoch": 3}}, "in.pth")
+        out = run("mmcv", "nl_detectron", "--dim", 2, "--verbose", "--blocks-only")
+        assert "only blocks are converted\n  neck.weight\n" in out
         assert f"{MMCV_BLOCK}theta.conv.weight -> res4.non_local4.theta.weight" in out
         assert "1 left out: not part of the state dict\n  meta\n" in out
         for line in ("SUBSAMPLE_POSITION after_conv", "NORM BN", "AFTER_BLOCKS.RES4 (4,)"):
@@ -294,7 +296,7 @@ class TestTool:
             assert f"  {unknown} as in the source: the weights do not show it\n" in out
         assert load("out.pth")[0]["res4.non_local4.g.weight"].dim() == 4
         assert "DIM" not in out
-        out = run("mmcv", "nl_detectron")
+        out = run("mmcv", "nl_detectron", "--blocks-only")
         assert "  DIM 3\n" in out
         assert "  AXES spacetime\n" in out
         assert "for a detector on images, convert with --dim 2" in out
