@@ -26,11 +26,11 @@ def report(result: Conversion, source: str, target: str, verbose: bool) -> Itera
         yield from (f"  MODEL.{key} {value!r}" for key, value in result.video.items())
     if DIALECTS[target].block:
         yield from _describe_blocks(result, target)
-    note = DIALECTS[source].note or DIALECTS[target].note
     block_sources = {key for block in result.blocks.values() for key in block.sources.values()}
-    if note and set(result.mapped) - block_sources:
-        library = source if DIALECTS[source].note else target
-        yield f"{library} trains its ResNets with: {note}."
+    if set(result.mapped) - block_sources:
+        for library in dict.fromkeys((source, target)):
+            if note := DIALECTS[library].note:
+                yield f"{library} trains its ResNets with: {note}."
 
 
 def _describe_blocks(result: Conversion, target: str) -> Iterator[str]:

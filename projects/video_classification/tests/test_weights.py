@@ -269,6 +269,9 @@ def test_report(network):
         *("RESNETS.WIDTH_PER_GROUP 4", "AFTER_BLOCKS.RES3 (0,)"),
     ):
         assert text in lines
+    result = convert(theirs, "slowfast", "caffe2")
+    last = list(report(result, "slowfast", "caffe2", False))[-2:]  # both poolings must be known
+    assert ["POOLING slowfast" in last[0], "POOLING released_32x2" in last[1]] == [True, True]
 
 
 def test_c2d_of_mmaction2(network):
