@@ -1,8 +1,8 @@
-"""Networks for images as a start for networks for video (Sec. 4.1 of the paper).
+"""Initialize video networks from image networks (Sec. 4.1 of the paper).
 
-A kernel over t frames is t copies of the kernel for images, each divided by t: on a video that does
-not move, the network computes what it did on the image, away from the first and last frames, where
-convolutions meet padding.
+A kernel over t frames is t copies of the image kernel, each divided by t. On a static video the
+network then computes what it did on the image, except near the first and last frames, where
+convolutions see padding.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def inflate(weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[s
     """Repeat kernels of 2-D convolutions, or of 3-D ones over a single frame, over time.
 
     Args:
-        weights: by the names of the model that is to have them.
-        like: the state dict of that model; of other shapes than these, nothing is changed.
+        weights: tensors by their names in the video network.
+        like: the state dict of that network; tensors of other shapes are not changed.
     """
     inflated = {}
     for name, weight in weights.items():
@@ -43,9 +43,9 @@ def inflate(weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[s
 def load_image_weights(backbone: ResNet3d, path: str | Path, dialect: str) -> None:
     """Load the weights of an image classifier or detector with the same ResNet.
 
-    Non-local blocks keep their initial values; what is not part of the ResNet is left out. Mind
-    what the weights were trained with: the order and scale of colours, and ``STRIDE_IN_1X1``
-    (``nl-detectron convert`` prints both).
+    Non-local blocks keep their initial values; what is not part of the ResNet is left out. The
+    config must match what the weights were trained with: the order and scale of colors, and
+    ``STRIDE_IN_1X1`` (``nl-detectron convert`` prints both).
 
     Args:
         backbone: the network to load them into.

@@ -1,6 +1,6 @@
 """Layers of video networks: convolution with norm, stem, and residual block.
 
-Modules have the names that those of detectron2's ``ResNet`` have, and so do their weights.
+Modules and weights have the names of detectron2's ``ResNet``.
 
 Shapes: N batch, C channels, T H W axes of a map.
 """
@@ -65,7 +65,7 @@ class Conv3d(nn.Conv3d):
         c2_msra_fill(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolve and normalize a map; a constant norm becomes a part of the convolution."""
+        """Convolve and normalize a map; a constant norm is folded into the convolution."""
         if self.norm is None:
             return super().forward(x)
         folded = fold_norm(self, self.norm)
@@ -75,7 +75,7 @@ class Conv3d(nn.Conv3d):
 
 
 class Bottleneck3d(CNNBlockBase):
-    """A residual block of three convolutions; with a shift, these see channels of other frames."""
+    """A residual block of three convolutions, with an optional temporal shift before them."""
 
     def __init__(
         self,

@@ -147,7 +147,7 @@ def make_resnet3d(
         stride_in_1x1: see :class:`Bottleneck3d`.
         zero_init_residual: likewise ``zero_init``.
         shift: likewise.
-        shift_every: shift in every block, or in every so manieth.
+        shift_every: 1 shifts in every block, 2 in every other one, and so on.
         out_features: of ``ResNet``; default: the last stage.
         freeze_at: of ``ResNet``.
 

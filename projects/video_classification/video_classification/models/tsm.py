@@ -17,13 +17,13 @@ DIRECTIONS = ("bidirectional", "unidirectional")
 
 
 def temporal_shift(x: Tensor, channels: int, direction: str) -> Tensor:
-    """Shift channels of a map (N, C, T, H, W) by a frame; what comes from outside the clip is 0.
+    """Shift channels of a map (N, C, T, H, W) by one frame, with zeros at the ends of the clip.
 
     Args:
         x: the map.
         channels: number of channels to shift in each direction.
-        direction: "bidirectional", the first channels come from the next frame and as many after
-            them from the previous one; or "unidirectional", the first come from the previous one.
+        direction: "bidirectional": the first channels come from the next frame, as many after them
+            from the previous one. "unidirectional": the first come from the previous frame.
     """
     out = torch.zeros_like(x)
     backward, forward, end = 0, channels, 2 * channels  # where the channels of each kind begin
@@ -37,9 +37,9 @@ def temporal_shift(x: Tensor, channels: int, direction: str) -> Tensor:
 
 
 class TemporalShift(nn.Module):
-    """:func:`temporal_shift` of a part of the channels; has no parameters.
+    """Applies :func:`temporal_shift` to a fraction of the channels; has no parameters.
 
-    Within :func:`online`, before the first frame of a clip comes the last one of the call before.
+    Within :func:`online`, the first frame of a clip follows the last frame of the previous call.
     """
 
     def __init__(self, in_channels: int, divisor: int = 8, direction: str = "bidirectional"):
@@ -86,10 +86,11 @@ class TemporalShift(nn.Module):
 
 @contextmanager
 def online(model: nn.Module) -> Iterator[None]:
-    """Within, a model takes a video frame by frame, or a few at a time: each call goes on in time.
+    """Let a model process a video frame by frame, or a few frames at a time.
 
-    Its results are those of the whole video at once, because no frame depends on a later one. The
-    mean of the logits of all frames is what the model says of the whole video.
+    Each call continues where the last one ended, and gives the results of a single call on the
+    whole video, because no frame depends on a later one. The logits of the video are the mean of
+    the logits of its frames.
 
     Args:
         model: in evaluation mode, with unidirectional shifts, and nothing else that mixes frames.
