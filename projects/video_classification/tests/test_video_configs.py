@@ -89,7 +89,7 @@ def build(leaf, *options):
 
 
 @pytest.mark.parametrize("suffix", [".yaml", ".py"])
-def test_every_file_is_expected_and_has_a_twin(suffix):
+def test_every_file_is_expected_and_is_there_as_yaml_and_lazy(suffix):
     files = [path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.rglob(f"*{suffix}")]
     leaves = {f.as_posix() for f in files if f.parts[0] in ("Kinetics", "Charades")}
     assert leaves == {*ROWS, *NO_ROWS}
@@ -149,7 +149,7 @@ def test_leaf_is_what_its_name_says(leaf):
 
 
 @pytest.mark.parametrize("leaf", [*ROWS, *NO_ROWS])
-def test_lazy_twin_is_the_same_model(leaf):
+def test_lazy_config_is_the_same_model(leaf):
     """All layers with what they print of themselves, and what they do not print."""
     config, cfg = LazyConfig.load(str(CONFIGS / f"{leaf}.py")).model, load(leaf).MODEL
     with torch.device("meta"):
