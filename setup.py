@@ -58,7 +58,8 @@ setup(
         "setuptools<81",  # detectron2.model_zoo imports pkg_resources, which 82 removed
     ],
     extras_require={
-        "dev": ["hypothesis", "mypy", "pytest", "ruff", "safetensors"],
+        "dev": ["hypothesis", "mypy", "nl_detectron[video]", "pytest", "ruff", "safetensors"],
         "safetensors": ["safetensors"],  # for weights in files of this kind
+        "video": ["av>=14,<19"],  # to decode and write videos; 19 drops Python 3.11
     },
 )

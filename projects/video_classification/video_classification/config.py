@@ -1,7 +1,8 @@
-"""The config node ``MODEL.VIDEO``: its keys and defaults.
+"""The config keys of video classification and their defaults.
 
 Stock keys keep their meaning: ``MODEL.RESNETS`` has depth, widths and norm of the trunk,
-``MODEL.NON_LOCAL`` the blocks, ``MODEL.PIXEL_MEAN`` and ``PIXEL_STD`` the values of pixels.
+``MODEL.NON_LOCAL`` the blocks, ``MODEL.PIXEL_MEAN`` and ``PIXEL_STD`` the values of pixels,
+``INPUT.MIN_SIZE_TRAIN``, ``MIN_SIZE_TEST``, ``CROP`` and ``RANDOM_FLIP`` the size of the frames.
 """
 
 from __future__ import annotations
@@ -43,16 +44,42 @@ _DEFAULTS: dict[str, Any] = {
         "INIT_STD": 0.01,
     },
 }
+_INPUT_CLIP: dict[str, Any] = {
+    "NUM_FRAMES": 32,
+    # Distance of two frames in the video; 2 takes every other frame.
+    "STRIDE": 2,
+}
+_TEST_VIEWS: dict[str, Any] = {
+    # Clips per video, and where they start: one of data.sampling.TEST_CLIPS.
+    "NUM_CLIPS": 10,
+    "STARTS": "released",
+    # Crops of each clip: 3 along the longer side, 1 in the center, 0 for the whole frame.
+    "NUM_CROPS": 3,
+    "CROP_SIZE": 256,
+    # How the scores of the views become those of the video: mean or max.
+    "COMBINE": "mean",
+    # Views in one forward pass.
+    "BATCH_SIZE": 1,
+}
 
 
 def add_video_config(cfg: CfgNode) -> None:
-    """Add ``MODEL.VIDEO`` with its defaults to a detectron2 config, unless it is there."""
-    if "VIDEO" not in cfg.MODEL:
-        cfg.MODEL.VIDEO = CfgNode(_DEFAULTS)
+    """Add the keys with their defaults to a detectron2 config, unless they are there."""
+    if "VIDEO" in cfg.MODEL:
+        return
+    cfg.MODEL.VIDEO = CfgNode(_DEFAULTS)
+    cfg.INPUT.CLIP = CfgNode(_INPUT_CLIP)
+    cfg.TEST.VIEWS = CfgNode(_TEST_VIEWS)
+    # Parts that a batch is processed in, one after the other, to save memory; gradients add up.
+    cfg.SOLVER.ACCUMULATE = 1
+    # Share of the videos of a data set that may be unreadable; more end the run.
+    cfg.DATALOADER.MAX_UNREADABLE = 0.1
+    # Decoded videos that each process keeps in memory, for small data sets of short videos.
+    cfg.DATALOADER.CACHE_VIDEOS = 0
 
 
 def default_video_config() -> CfgNode:
-    """detectron2's default config with ``MODEL.NON_LOCAL`` and ``MODEL.VIDEO``."""
+    """detectron2's default config with the keys of the package and of video."""
     cfg = default_config()
     add_video_config(cfg)
     return cfg
