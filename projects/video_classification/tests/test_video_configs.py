@@ -160,6 +160,7 @@ def test_lazy_config_is_the_same_model(leaf):
     assert lazy.feature == yaml.feature == "res5"
     assert lazy.backbone.min_frames == yaml.backbone.min_frames
     assert lazy.head.multi_label == yaml.head.multi_label
+    assert lazy.head.pool_size == yaml.head.pool_size == (9 if "Charades" in leaf else 7)
     assert config.head.get("init_std", 0.01) == cfg.VIDEO.HEAD.INIT_STD
     assert (config.pixel_mean, config.pixel_std) == (cfg.PIXEL_MEAN, cfg.PIXEL_STD)
 

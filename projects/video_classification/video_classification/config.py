@@ -37,11 +37,17 @@ _DEFAULTS: dict[str, Any] = {
     },
     "HEAD": {
         "NUM_CLASSES": 400,
+        # Height and width of the window, in positions of the last map, whose mean is classified;
+        # the scores of a map that holds several windows are the mean over them, after the softmax.
+        # 7 for models trained on 224 x 224 pixels; 0: the whole map.
+        "POOL_SIZE": 0,
         "DROPOUT": 0.5,
         # Any number of classes at a time, as in Charades: sigmoid instead of softmax.
         "MULTI_LABEL": False,
         # Of the initial weights; 0.001 in TSM.
         "INIT_STD": 0.01,
+        # Of the head's learning rate relative to the backbone's; 5 in TSM.
+        "LR_FACTOR": 1.0,
     },
 }
 _INPUT_CLIP: dict[str, Any] = {

@@ -8,6 +8,8 @@ from video_classification.models import (
     make_resnet3d,
 )
 
+HEAD = {"num_classes": 400, "pool_size": 7}
+CHARADES = {"num_classes": 157, "multi_label": True, "pool_size": 9}
 R101 = {"num_blocks": [3, 4, 23, 3]}
 I3D = {"stem_kernel": [5, 7, 7], "inflate": "3x1x1"}
 # The placement of 1, 5 and 10 blocks is that of the YAML configs' Base-Video.yaml.
@@ -30,7 +32,7 @@ def classifier(head=None, *, after_blocks=None, block_options=None, stage_option
         )
     return L(VideoClassifier)(
         backbone=backbone,
-        head=L(ClassificationHead)(in_channels=2048, **{"num_classes": 400, **(head or {})}),
+        head=L(ClassificationHead)(in_channels=2048, **(HEAD | (head or {}))),
         pixel_mean=[114.75, 114.75, 114.75],
         pixel_std=[57.375, 57.375, 57.375],
     )

@@ -54,6 +54,7 @@ class VideoClassifier(nn.Module):
             "head": ClassificationHead(
                 last.channels,
                 node.NUM_CLASSES,
+                pool_size=node.POOL_SIZE,
                 dropout=node.DROPOUT,
                 multi_label=node.MULTI_LABEL,
                 init_std=node.INIT_STD,
@@ -67,7 +68,9 @@ class VideoClassifier(nn.Module):
         """Where the model is."""
         return self.pixel_mean.device
 
-    def forward(self, inputs: Tensor | Sequence[dict[str, Any]]) -> Tensor | dict[str, Tensor]:
+    def forward(
+        self, inputs: Tensor | Sequence[dict[str, Any]]
+    ) -> Tensor | dict[str, Tensor] | list[dict[str, Tensor]]:
         """Classify clips.
 
         Args:
@@ -76,16 +79,24 @@ class VideoClassifier(nn.Module):
                 :meth:`ClassificationHead.losses`.
 
         Returns:
-            The logits (N, K); for dicts in training, the losses by name.
+            The logits (N, K); for dicts in training, the losses by name, else a dict for each clip
+            with "scores", (K,), see :meth:`scores`.
         """
         if isinstance(inputs, Tensor):
             return self.logits(inputs)
-        logits = self.logits(torch.stack([clip["video"].to(self.device) for clip in inputs]))
-        if not self.training:
-            return logits
-        return self.head.losses(logits, [clip["label"] for clip in inputs])
+        clips = torch.stack([clip["video"].to(self.device) for clip in inputs])
+        if self.training:
+            return self.head.losses(self.logits(clips), [clip["label"] for clip in inputs])
+        return [{"scores": scores} for scores in self.scores(clips)]
 
     def logits(self, clips: Tensor) -> Tensor:
         """Return (N, K) for clips (N, C, T, H, W)."""
-        x = (clips - self.pixel_mean) / self.pixel_std
-        return self.head(self.backbone(x)[self.feature])
+        return self.head(self.features(clips))
+
+    def scores(self, clips: Tensor) -> Tensor:
+        """Return probabilities (N, K) for clips (N, C, T, H, W), see the head's ``scores``."""
+        return self.head.scores(self.features(clips))
+
+    def features(self, clips: Tensor) -> Tensor:
+        """Return the last map of the backbone, which the head classifies."""
+        return self.backbone((clips - self.pixel_mean) / self.pixel_std)[self.feature]

@@ -1,6 +1,6 @@
-"""The head: mean over space and time, dropout, one linear layer; and its loss.
+"""The head: mean over space and time, dropout, one linear layer; its scores and its loss.
 
-Shapes: N clips, C channels, K classes, T H W axes of a map.
+Shapes: N clips, C channels, K classes, P windows of a map, T H W its axes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class ClassificationHead(nn.Module):
-    """Classifies a map (N, C, T, H, W) as a whole.
+    """Classifies a map (N, C, T, H, W): each of its windows, which span all frames.
 
     The order of mean and linear layer makes no difference: the logits are also the mean of the
     logits of all frames, as TSM says it.
@@ -24,6 +24,7 @@ class ClassificationHead(nn.Module):
         in_channels: int,
         num_classes: int,
         *,
+        pool_size: int = 0,
         dropout: float = 0.5,
         multi_label: bool = False,
         init_std: float = 0.01,
@@ -33,11 +34,22 @@ class ClassificationHead(nn.Module):
         Args:
             in_channels: C.
             num_classes: K.
+            pool_size: height and width of a window; they start at every position of the map, as
+                long as they fit. 0, or a map that is smaller: one window, the whole map.
             dropout: probability to drop a channel of the mean in training.
             multi_label: a clip may have any number of classes.
             init_std: standard deviation of the initial weights.
+
+        Raises:
+            ValueError: a negative ``pool_size``.
         """
         super().__init__()
+        if pool_size < 0:
+            raise ValueError(
+                "pool_size (config key MODEL.VIDEO.HEAD.POOL_SIZE) must be 0 or more, got "
+                f"{pool_size}"
+            )
+        self.pool_size = pool_size
         self.multi_label = multi_label
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(in_channels, num_classes)
@@ -45,8 +57,24 @@ class ClassificationHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits (N, K)."""
-        return self.linear(self.dropout(x.mean((2, 3, 4))))
+        """Return the logits (N, K), the mean over the windows."""
+        return self.window_logits(x).mean(1)
+
+    def scores(self, x: Tensor) -> Tensor:
+        """Return probabilities (N, K): those of each window, then their mean.
+
+        video-nonlocal-net: lib/models/resnet_video.py (softmax), tools/test_net_video.py (mean).
+        """
+        logits = self.window_logits(x)
+        return (logits.sigmoid() if self.multi_label else logits.softmax(-1)).mean(1)
+
+    def window_logits(self, x: Tensor) -> Tensor:
+        """Return the logits of every window, (N, P, K)."""
+        frames = x.mean(2)
+        height, width = frames.shape[2:]
+        window = (self.pool_size or height, self.pool_size or width)
+        means = F.avg_pool2d(frames, (min(window[0], height), min(window[1], width)), 1)
+        return self.linear(self.dropout(means.flatten(2).transpose(1, 2)))
 
     def losses(self, logits: Tensor, labels: Sequence) -> dict[str, Tensor]:
         """Return the loss by its name.
