@@ -32,7 +32,7 @@ def classifier(head=None, *, after_blocks=None, block_options=None, stage_option
         )
     return L(VideoClassifier)(
         backbone=backbone,
-        head=L(ClassificationHead)(in_channels=2048, **(HEAD | (head or {}))),
+        head=L(ClassificationHead)(in_channels=2048, **{**HEAD, **(head or {})}),
         pixel_mean=[114.75, 114.75, 114.75],
         pixel_std=[57.375, 57.375, 57.375],
     )
