@@ -39,7 +39,8 @@ PEERS = mmcv-lite mmengine addict rich yapf pytorchvideo timm safetensors
 peers: env
 	$(INSTALL) --no-deps --upgrade --target build/peers $(PEERS)
 	PYTHONPATH=build/peers $(RUN) -m pytest -m '' tests/test_peers.py tests/weights/test_files.py \
-	    projects/video_classification/tests/test_weights.py
+	    projects/video_classification/tests/test_weights.py \
+	    projects/video_classification/tests/test_converted_config.py
 
 lint: env
 	$(RUN) -m ruff check

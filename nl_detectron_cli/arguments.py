@@ -55,7 +55,7 @@ def command_parser(description: str) -> argparse.ArgumentParser:
 
 
 def add_config_file(
-    parser: argparse.ArgumentParser,
+    parser: argparse._ActionsContainer,
     help: str = "YAML config, or its name in the model zoo",
     *,
     required: bool = True,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nl_detectron.weights.blocks import EPS, Block
-from nl_detectron.weights.dialects import DIALECTS, Dialect
+from nl_detectron.weights.dialects import DIALECTS, TEMPORAL_POOL, Dialect
 from nl_detectron.weights.files import to_tensor
 from nl_detectron.weights.names import (
     block_keys,
@@ -27,7 +27,13 @@ from nl_detectron.weights.names import (
     rename,
     summarize_keys,
 )
-from nl_detectron.weights.video import BLOCKS_ALONE, classifier_name, is_video, video_keys
+from nl_detectron.weights.video import (
+    BLOCKS_ALONE,
+    classifier_name,
+    find_pooling,
+    is_video,
+    video_keys,
+)
 
 # In a detector: its parts outside of the ResNet
 _NOT_RESNET = re.compile(
@@ -47,7 +53,7 @@ class Conversion:
         dropped: key of the source that is left out -> reason.
         added: key of the result without counterpart in the source -> what it is.
         blocks: the non-local blocks, by their names in ours.
-        video: keys of ``MODEL`` that describe the network, if it is one for video -> value.
+        video: config keys that describe the network, if it is one for video -> value.
     """
 
     state: dict[str, Tensor] = field(default_factory=dict)
@@ -83,6 +89,7 @@ def convert(
     options: Callable[[str], Mapping[str, Any]] = lambda block: {},
     dim: int | None = None,
     blocks_only: bool = False,
+    pooling: str | None = None,
 ) -> Conversion:
     """Convert the weights of a network, or of a single block, from one dialect to another.
 
@@ -97,11 +104,12 @@ def convert(
         dim: number of axes of the convolutions in the result, 2 for images and 3 for video, where
             the target supports both; default: unchanged.
         blocks_only: leave out everything but the non-local blocks.
+        pooling: ``MODEL.VIDEO.POOLING`` of a network for video, where the weights do not show it.
 
     Raises:
         ValueError: an unknown dialect, keys that the dialect does not have, a network for video
-            without its classifier, or a block that does not exist in the target or contradicts
-            ``options``. The message names keys and block.
+            without its classifier or with another ``pooling``, or a block that does not exist in
+            the target or contradicts ``options``. The message names keys and block.
     """
     for name in (source, target):
         if name not in DIALECTS:
@@ -114,13 +122,18 @@ def convert(
     if blocks_only or source_dialect.blocks_only or target_dialect.blocks_only:
         result.dropped |= {str(entry.source): _NOT_A_BLOCK for entry in entries.values()}
         entries = {}
-    network = _read_network(entries, source_dialect, result)
+    temporal_pool = any(".layer2.net." in key for key in entries)
+    network = _read_network(entries, source_dialect, result, temporal_pool)
     if dim is not None:
         network = _reshape(network, dim)
     if source_dialect.backbone or target_dialect.backbone:
         tensors = {local_name(name): entry.tensor for name, entry in network.items()}
         if is_video(tensors):
-            result.video = video_keys(tensors, source_dialect)
+            pooling = find_pooling(source_dialect, target_dialect, temporal_pool, pooling)
+            if pooling == TEMPORAL_POOL and result.blocks:
+                raise ValueError("TSM with temporal pooling has no non-local blocks")
+            constant = any(entry.source is None for entry in network.values())
+            result.video = video_keys(tensors, source_dialect, pooling, constant)
     if result.video and target_dialect.backbone is None:
         network = {classifier_name(name): entry for name, entry in network.items()}
         result.blocks = {classifier_name(name): block for name, block in result.blocks.items()}
@@ -130,7 +143,7 @@ def convert(
                 block.apply_options({**options(name), **({} if dim is None else {"dim": dim})})
                 block.convert_to(target_dialect)
         _write_block(name, block, target_dialect, result)
-    _write_network(network, target_dialect, result)
+    _write_network(network, target_dialect, result, pooling == TEMPORAL_POOL)
     if not result.state:
         raise ValueError(
             f"nothing to convert from {source!r} to {target!r} in {summarize_keys(state)}; "
@@ -174,14 +187,16 @@ def _read_blocks(entries: _Entries, dialect: Dialect, result: Conversion) -> Non
         result.blocks[rename(name, to_ours) or name] = block
 
 
-def _read_network(entries: _Entries, dialect: Dialect, result: Conversion) -> _Entries:
+def _read_network(
+    entries: _Entries, dialect: Dialect, result: Conversion, temporal_pool: bool
+) -> _Entries:
     """Return the entries outside of blocks by our names."""
     if dialect.backbone is None:
         return entries
     to_ours = inverse(dialect.backbone)
     ours = {key: rename(key, to_ours) for key in entries}
     network = {name: entries[key] for key, name in ours.items() if name is not None}
-    theirs = network_keys(network, dialect, result.blocks)
+    theirs = network_keys(network, dialect, result.blocks, temporal_pool)
     unknown = [key for key, name in ours.items() if name is None or theirs[name] != key]
     if network:  # detectron2's ResNets have blocks after residual blocks only
         unknown += [name for name in result.blocks if not rename(name, dialect.block_names)]
@@ -243,14 +258,16 @@ def _write_block(name: str, block: Block, dialect: Dialect, result: Conversion) 
             result.dropped[block.sources[ours]] = reason
 
 
-def _write_network(network: _Entries, dialect: Dialect, result: Conversion) -> None:
+def _write_network(
+    network: _Entries, dialect: Dialect, result: Conversion, temporal_pool: bool
+) -> None:
     if dialect.backbone_of_images:
         network = _reshape(network, 2)
     keys: Mapping[str, str | None] = {name: name for name in network}
     if dialect.backbone is not None:
         local = {name: local_name(name) for name in network}
         blocks = {local_name(name) for name in result.blocks}
-        theirs = network_keys(set(local.values()), dialect, blocks)
+        theirs = network_keys(set(local.values()), dialect, blocks, temporal_pool)
         keys = {name: theirs[local[name]] for name in network}
     unknown = []
     for name, (tensor, source) in network.items():

@@ -12,13 +12,15 @@ Sources: mmcv ``cnn/bricks/non_local.py``, mmaction2 ``models/backbones/resnet3d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nl_detectron.weights import networks
 from nl_detectron.weights.networks import caffe2_keys, torch_keys
 
+POOLING = "MODEL.VIDEO.POOLING"
+TEMPORAL_POOL = "tsm_temporal_pool"  # the pooling that names of parameters show
 _STAGES = (2, 3, 4, 5)
 SAME_PARAMETERS = ("embedded_gaussian", "dot_product")  # weights cannot tell these two apart
 ALL_PAIRWISE = (*SAME_PARAMETERS, "gaussian", "concatenation")
@@ -47,7 +49,9 @@ class Dialect:
         scales_by_in_channels: its scale is C ** -0.5, ours D ** -0.5.
         state_dict_key: the entry of a checkpoint that holds the weights; "" if they are all it
             holds.
-        note: what the config of a ResNet from this library must set.
+        settings: the config keys that its ResNets are trained with -> value.
+        poolings: values of ``MODEL.VIDEO.POOLING`` for its networks for video -> which of them.
+        note: what else the config of a ResNet from this library must set.
     """
 
     block: Mapping[str, str] = field(default_factory=dict)
@@ -65,6 +69,8 @@ class Dialect:
     concat_dim: int | None = None
     scales_by_in_channels: bool = False
     state_dict_key: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    poolings: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
 
     @property
@@ -77,22 +83,35 @@ class Dialect:
         """Whether parameters are named differently in blocks that subsample."""
         return any("{pool}" in name for name in self.block.values())
 
+    def trained_with(self, known: Collection[str] = ()) -> str:
+        """Text of the settings, poolings and note, without the config keys that are known."""
+        parts = [f"{key} {value}" for key, value in self.settings.items() if key not in known]
+        if self.poolings and POOLING not in known:
+            names = [f"{name} {which}".rstrip() for name, which in self.poolings.items()]
+            parts.append(f"{POOLING} {' or '.join(names)}")
+        return "; ".join(filter(None, (", ".join(parts), self.note)))
+
 
 # As in the released configs (NONLOCAL.USE_SCALE True), with NONLOCAL.GROUP 1
 _ALL_POSITIONS = {"axes": "spacetime", "group_frames": 0}
 _AS_RELEASED = {"subsample_position": "before_conv", "scale": True, **_ALL_POSITIONS}
-_IMAGENET_RGB = (
-    "INPUT.FORMAT RGB, MODEL.PIXEL_MEAN [123.675, 116.280, 103.530], MODEL.PIXEL_STD "
-    "[58.395, 57.120, 57.375], MODEL.RESNETS.STRIDE_IN_1X1 False"
-)
-_VIDEO_RGB = (
-    "INPUT.FORMAT RGB, MODEL.PIXEL_MEAN [114.75, 114.75, 114.75], MODEL.PIXEL_STD [57.375, 57.375, "
-    "57.375], MODEL.RESNETS.STRIDE_IN_1X1 False"
-)
-_TSM_NOTE = (
-    f"{_IMAGENET_RGB}, MODEL.VIDEO.POOLING space, MODEL.VIDEO.SHIFT.DIRECTION bidirectional, and "
-    "MODEL.VIDEO.SHIFT.EVERY 2 for R101, else 1"
-)
+_IMAGENET_RGB = {
+    "INPUT.FORMAT": "RGB",
+    "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
+    "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
+    "MODEL.RESNETS.STRIDE_IN_1X1": False,
+}
+_VIDEO_RGB = {
+    **_IMAGENET_RGB,
+    "MODEL.PIXEL_MEAN": [114.75, 114.75, 114.75],
+    "MODEL.PIXEL_STD": [57.375, 57.375, 57.375],
+    "MODEL.VIDEO.HEAD.POOL_SIZE": 7,
+}
+_TSM: dict[str, Any] = {
+    "settings": {**_IMAGENET_RGB, "MODEL.VIDEO.SHIFT.DIRECTION": "bidirectional"},
+    "poolings": {"space": "", TEMPORAL_POOL: "with temporal pooling"},
+    "note": "MODEL.VIDEO.SHIFT.EVERY 2 for R101, else 1",
+}
 
 # Networks and the names of blocks are those of mmaction2.
 _MMCV = Dialect(
@@ -115,8 +134,13 @@ _MMCV = Dialect(
     bias_before_norm=False,
     concat_dim=2,
     state_dict_key="state_dict",
-    note=f"{_IMAGENET_RGB}, and MODEL.VIDEO.POOLING mmaction2 for I3D, released_8x8 for C2D, space "
-    "for C2D without pooling over time (its C2D has 2-D kernels: convert it with --dim 3)",
+    settings=_IMAGENET_RGB,
+    poolings={
+        "mmaction2": "for I3D",
+        "released_8x8": "for C2D",
+        "space": "for C2D without pooling over time",
+    },
+    note="its C2D has 2-D kernels: convert it with --dim 3",
 )
 
 DIALECTS = {
@@ -143,7 +167,7 @@ DIALECTS = {
         backbone=networks.MMACTION2_TSM,
         backbone_of_images=True,
         fixed={"dim": 3, **_MMCV.fixed},
-        note=_TSM_NOTE,
+        **_TSM,
     ),
     "tsm": Dialect(
         block=torch_keys(
@@ -165,7 +189,7 @@ DIALECTS = {
         pairwise=("embedded_gaussian",),
         norms=("BN",),
         state_dict_key="state_dict",
-        note=_TSM_NOTE,
+        **_TSM,
     ),
     "pytorchvideo": Dialect(
         block=torch_keys(
@@ -179,7 +203,8 @@ DIALECTS = {
         ),
         backbone=networks.PYTORCHVIDEO,
         fixed={"dim": 3, **_AS_RELEASED},
-        note=f"{_VIDEO_RGB}, MODEL.VIDEO.POOLING slowfast",
+        settings=_VIDEO_RGB,
+        poolings={"slowfast": ""},
     ),
     "slowfast": Dialect(
         block=torch_keys(
@@ -196,8 +221,8 @@ DIALECTS = {
         fixed={"dim": 3, **_AS_RELEASED},
         norms=("BN",),
         state_dict_key="model_state",
-        note=f"{_VIDEO_RGB}, and MODEL.VIDEO.POOLING slowfast, or space where its MODEL.ARCH is "
-        "2d, slow_c2d or slow_i3d",
+        settings=_VIDEO_RGB,
+        poolings={"slowfast": "", "space": "where its MODEL.ARCH is 2d, slow_c2d or slow_i3d"},
     ),
     "alexhex7": Dialect(
         block=torch_keys(
@@ -222,9 +247,10 @@ DIALECTS = {
         norms=("BN",),
         pairwise=("embedded_gaussian",),
         scales_by_in_channels=True,
-        note=f"{_IMAGENET_RGB}; a few timm models have another mean and std (pretrained_cfg)",
+        settings=_IMAGENET_RGB,
+        note="a few timm models have another mean and std (pretrained_cfg)",
     ),
-    "torchvision": Dialect(backbone=networks.TORCHVISION, fixed={"dim": 2}, note=_IMAGENET_RGB),
+    "torchvision": Dialect(backbone=networks.TORCHVISION, fixed={"dim": 2}, settings=_IMAGENET_RGB),
     "caffe2": Dialect(
         block=caffe2_keys(
             {"theta": "theta", "phi": "phi", "g": "g", "conv_out": "out", "norm": "bn"}
@@ -236,11 +262,14 @@ DIALECTS = {
         fixed=_AS_RELEASED,
         affine_norm=True,
         state_dict_key="blobs",
-        note=f"for video-nonlocal-net, {_VIDEO_RGB}, and MODEL.VIDEO.POOLING released_32x2 for its "
-        "models of 32 (stride 2) and 128 frames, released_8x8 for 8 and 32 (stride 4); on images, "
-        "its stem pools without padding; for SlowFast's models in this format the same, but "
-        "MODEL.VIDEO.POOLING slowfast; for Detectron's R-50 or R-101, INPUT.FORMAT BGR, "
-        "MODEL.PIXEL_MEAN [102.9801, 115.9465, 122.7717], MODEL.PIXEL_STD [1.0, 1.0, 1.0], "
-        "MODEL.RESNETS.STRIDE_IN_1X1 True",
+        settings=_VIDEO_RGB,
+        poolings={
+            "released_32x2": "for 32 (stride 2) and 128 frames",
+            "released_8x8": "for 8 and 32 (stride 4)",
+            "slowfast": "for SlowFast's models in this format",
+        },
+        note="on images, the stem of video-nonlocal-net pools without padding; Detectron's R-50 "
+        "and R-101 are trained with INPUT.FORMAT BGR, MODEL.PIXEL_MEAN [102.9801, 115.9465, "
+        "122.7717], MODEL.PIXEL_STD [1.0, 1.0, 1.0], MODEL.RESNETS.STRIDE_IN_1X1 True",
     ),
 }

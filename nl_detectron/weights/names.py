@@ -6,6 +6,8 @@ import itertools
 import re
 from collections.abc import Collection, Mapping
 
+from torch import Tensor
+
 from nl_detectron.weights.dialects import Dialect
 
 # In a detector or a classifier of videos: the prefix of its ResNet, and of the linear layer
@@ -13,7 +15,7 @@ _RESNET_PREFIX = re.compile(
     r"^(backbone\.(bottom_up\.)?(?=stem\.|res\d\.|linear\.)|head\.(?=linear\.))"
 )
 # Parts of keys in TSM; see nl_detectron.weights.networks.
-_OPTIONAL = {"{wrap}": ".block", "{shift}": ".net"}
+_OPTIONAL = {"{wrap}": ".block", "{shift}": ".net", "{temporal_pool}": ".net"}
 
 
 def rename(name: str, key_map: Mapping[str, str]) -> str | None:
@@ -34,7 +36,10 @@ def local_name(name: str) -> str:
 
 
 def network_keys(
-    names: Collection[str], dialect: Dialect, blocks: Collection[str]
+    names: Collection[str],
+    dialect: Dialect,
+    blocks: Collection[str] = (),
+    temporal_pool: bool = False,
 ) -> dict[str, str | None]:
     """Return the key of every parameter of a ResNet in a dialect; ``None`` if it has none.
 
@@ -42,8 +47,9 @@ def network_keys(
         names: of the parameters, in ours.
         dialect: see :attr:`Dialect.backbone`.
         blocks: names of the non-local blocks, in ours.
+        temporal_pool: of TSM.
     """
-    every = 2 if "res4.22.conv1.weight" in names else 1  # TSM shifts so in deep networks
+    every = shift_every(names)
     keys = {}
     for name in names:
         key = rename(name, dialect.backbone or {})
@@ -52,10 +58,25 @@ def network_keys(
             stage, index = residual.groups()
             has = {"{wrap}": f"{stage}.non_local{index}" in blocks}
             has["{shift}"] = int(index) % every == 0
+            has["{temporal_pool}"] = temporal_pool
             for part, text in _OPTIONAL.items():
                 key = key.replace(part, text * has[part])
         keys[name] = key
     return keys
+
+
+def shift_every(names: Collection[str]) -> int:
+    """Return ``MODEL.VIDEO.SHIFT.EVERY`` of TSM's ResNet, by our names of its parameters."""
+    return 2 if "res4.22.conv1.weight" in names else 1
+
+
+def block_places(names: Collection[str]) -> dict[str, list[int]]:
+    """Return stage -> residual blocks that have a non-local block, by the names of the latter."""
+    found = re.findall(r"\b(res\d)\.non_local(\d+)", " ".join(names))
+    return {
+        stage: sorted(int(index) for other, index in found if other == stage)
+        for stage in sorted({stage for stage, _ in found})
+    }
 
 
 def inverse(key_map: Mapping[str, str]) -> dict[str, str]:
@@ -90,6 +111,30 @@ def find_block_keys(
             if is_block and (not prefix or prefix.endswith(dialect.separator)):
                 found.setdefault(prefix, (key_map, known))
     return found
+
+
+def check_tensors(what: str, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Check that tensors fit a network; counters of batches may differ.
+
+    Args:
+        what: of the tensors, for messages.
+        tensors: by their names in the network.
+        own: state dict of the network.
+
+    Raises:
+        ValueError: tensors that are missing, superfluous, or of another shape.
+    """
+    counters = {name for name in own.keys() | tensors if name.endswith("num_batches_tracked")}
+    problems = {
+        "lacks": own.keys() - tensors - counters,
+        "has no place in this network for": tensors.keys() - own - counters,
+        "has in another shape": {
+            name for name in own.keys() & tensors if own[name].shape != tensors[name].shape
+        },
+    }
+    for problem, names in problems.items():
+        if names:
+            raise ValueError(f"{what} {problem} {summarize_keys(sorted(names))}")
 
 
 def summarize_keys(keys: Collection[str]) -> str:

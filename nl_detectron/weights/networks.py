@@ -1,7 +1,8 @@
 """Key maps of whole ResNets: our names, which are detectron2's, to those of other libraries.
 
 ``{i}`` stands for the index of a residual block. ``{wrap}`` is ".block" in a residual block that a
-non-local block follows, and ``{shift}`` ".net" where TSM shifts channels; otherwise they are empty.
+non-local block follows, ``{shift}`` ".net" where TSM shifts channels, ``{temporal_pool}`` ".net"
+where it pools over time; otherwise they are empty.
 
 Sources: torchvision ``models/resnet.py``, video-nonlocal-net ``lib/models/``, pytorchvideo
 ``models/hub/resnet.py``, SlowFast ``models/{stem,resnet,head}_helper.py``, mmaction2
@@ -108,10 +109,10 @@ MMACTION2 = _resnet(
 
 
 def _shifted(network: Mapping[str, str]) -> dict[str, str]:
-    """Wrap residual blocks and their first convolutions as TSM does."""
+    """Wrap residual blocks, their first convolutions, and res3 as TSM does."""
     wrapped = {}
     for ours, theirs in network.items():
-        key = theirs.replace("{i}.", "{i}{wrap}.")
+        key = theirs.replace("{i}.", "{i}{wrap}.").replace("layer2.", "layer2{temporal_pool}.")
         if ours.endswith(".{i}.conv1.weight"):
             key = key.replace(".weight", "{shift}.weight")
         wrapped[ours] = key

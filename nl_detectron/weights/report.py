@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from nl_detectron.weights.blocks import OPTIONS, Block
 from nl_detectron.weights.convert import Conversion
 from nl_detectron.weights.dialects import DIALECTS
+from nl_detectron.weights.names import block_places
 
 
 def report(result: Conversion, source: str, target: str, verbose: bool) -> Iterator[str]:
@@ -23,14 +23,14 @@ def report(result: Conversion, source: str, target: str, verbose: bool) -> Itera
             yield f"  {', '.join(shown)}{', ...' if len(keys) > len(shown) else ''}"
     if result.video:
         yield "The network for video has these settings:"
-        yield from (f"  MODEL.{key} {value!r}" for key, value in result.video.items())
+        yield from (f"  {key} {value or repr(value)}" for key, value in result.video.items())
     if DIALECTS[target].block:
         yield from _describe_blocks(result, target)
     block_sources = {key for block in result.blocks.values() for key in block.sources.values()}
     if set(result.mapped) - block_sources:
         for library in dict.fromkeys((source, target)):
-            if note := DIALECTS[library].note:
-                yield f"{library} trains its ResNets with: {note}."
+            if text := DIALECTS[library].trained_with(result.video if library == source else ()):
+                yield f"{library} trains its ResNets with: {text}."
 
 
 def _describe_blocks(result: Conversion, target: str) -> Iterator[str]:
@@ -46,10 +46,8 @@ def _describe_blocks(result: Conversion, target: str) -> Iterator[str]:
             yield f"In {target}, this is what MODEL.NON_LOCAL would be for {blocks}:"
         yield description
     if target == "nl_detectron":
-        found = re.findall(r"\b(res\d)\.non_local(\d+)", " ".join(result.blocks))
-        for stage in sorted({stage for stage, _ in found}):
-            indices = tuple(sorted(int(index) for other, index in found if other == stage))
-            yield f"  AFTER_BLOCKS.{stage.upper()} {indices}"
+        for stage, indices in block_places(result.blocks).items():
+            yield f"  AFTER_BLOCKS.{stage.upper()} {tuple(indices)}"
 
 
 def _describe_block(block: Block, target: str) -> Iterator[str]:

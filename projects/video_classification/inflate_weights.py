@@ -43,8 +43,8 @@ def main(argv: list[str] | None = None) -> None:
         load_image_weights(backbone, args.input, args.source)
         state = backbone.state_dict()
         save(state, args.output, DIALECTS["nl_detectron"])
-    note = DIALECTS[args.source].note
-    print(f"{args.output}: {len(state)} tensors" + (f"; train with {note}" if note else ""))
+    settings = DIALECTS[args.source].trained_with()
+    print(f"{args.output}: {len(state)} tensors" + (f"; train with {settings}" if settings else ""))
 
 
 if __name__ == "__main__":

@@ -63,10 +63,11 @@ FOOTPRINTS = {
     "slowfast": (lambda j: {j}, lambda j: {2 * j, 2 * j + 1}),
     "mmaction2": (lambda j: {4 * j}, lambda j: {8 * j, 8 * j + 4}),
     "space": (lambda j: {j}, lambda j: {j}),
+    "tsm_temporal_pool": (lambda j: {j}, lambda j: {2 * j - 1, 2 * j, 2 * j + 1}),
     "none": (lambda j: {j}, lambda j: {j}),
 }
 # pool1 of 37 x 45 pixels, of which conv1 makes 19 x 23
-POOLED = dict.fromkeys(("paper", "slowfast", "mmaction2", "space"), (10, 12))
+POOLED = dict.fromkeys(("paper", "slowfast", "mmaction2", "space", "tsm_temporal_pool"), (10, 12))
 POOLED |= {"released_32x2": (9, 11), "released_8x8": (9, 11), "none": (19, 23)}
 
 

@@ -152,23 +152,18 @@ def test_every_key_both_ways(dialect, inflate, network):
     counters = {key for key in state if key.endswith("num_batches_tracked")}
     expected = {k: v for k, v in state.items() if dialect != "caffe2" or k not in counters}
     assert_close(back.state, expected, rtol=0, atol=0)
-    assert back.video["VIDEO.INFLATE"] == inflate
+    assert back.video["MODEL.VIDEO.INFLATE"] == inflate
     assert list(back.blocks) == ["backbone.res3.non_local0"]
 
 
-def configured(result, pooling, shift=""):
+def configured(result):
     """Our model, with the converted weights and what the report says of its config."""
     cfg = default_video_config()
     cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.DEVICE = "VideoClassifier", "cpu"
     cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.FREEZE_AT = "build_resnet3d_backbone", 0
-    cfg.MODEL.RESNETS.OUT_FEATURES, cfg.MODEL.RESNETS.NORM = ["res5"], "BN"
-    cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
-    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [0.0] * 3, [1.0] * 3
-    cfg.MODEL.VIDEO.POOLING, cfg.MODEL.VIDEO.SHIFT.DIRECTION = pooling, shift
     for key, value in result.video.items():
-        cfg.merge_from_list([f"MODEL.{key}", value])
-    if shift and cfg.MODEL.VIDEO.NUM_BLOCKS[2] >= 23:
-        cfg.MODEL.VIDEO.SHIFT.EVERY = 2
+        cfg.merge_from_list([key, value])
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [0.0] * 3, [1.0] * 3
     model = build_model(cfg).eval()
     model.load_state_dict(result.state)
     return model
@@ -205,7 +200,7 @@ def test_pytorchvideo(name):
     expected = logits_of_trained(theirs, theirs.blocks[6].proj, clips)
     state = theirs.state_dict()
     result = convert(state, "pytorchvideo", "nl_detectron")
-    assert_close(configured(result, "slowfast")(clips), expected, rtol=1e-5, atol=1e-5)
+    assert_close(configured(result)(clips), expected, rtol=1e-5, atol=1e-5)
     back = convert(result.state, "nl_detectron", "pytorchvideo")
     assert_close(back.state, dict(state), rtol=0, atol=0)
 
@@ -229,6 +224,22 @@ class Shift(nn.Module):
         return self.net(y.flatten(0, 1))
 
 
+class TemporalPool(nn.Module):
+    """TSM's wrapper of layer2: the largest of frames 2t - 1, 2t and 2t + 1."""
+
+    def __init__(self, net, frames):
+        super().__init__()
+        self.net, self.frames = net, frames
+
+    def forward(self, x):
+        clips = x.unflatten(0, (-1, self.frames))
+        pooled = [
+            torch.stack([clips[:, t] for t in range(2 * i - 1, 2 * i + 2) if t >= 0]).amax(0)
+            for i in range(self.frames // 2)
+        ]
+        return self.net(torch.stack(pooled, 1).flatten(0, 1))
+
+
 class Mean(nn.Module):
     """TSM's consensus of the frames."""
 
@@ -236,26 +247,37 @@ class Mean(nn.Module):
         return x.mean(1)
 
 
-@pytest.mark.parametrize(("blocks", "every"), [((1, 2, 2, 1), 1), ((1, 1, 23, 2), 2)])
+@pytest.mark.parametrize(
+    ("blocks", "every", "pooling"),
+    [
+        ((1, 2, 2, 1), 1, "space"),
+        ((1, 2, 2, 1), 1, "tsm_temporal_pool"),
+        ((1, 1, 23, 2), 2, "space"),
+    ],
+)
 @torch.no_grad()
-def test_tsm(blocks, every):
+def test_tsm(blocks, every, pooling):
     """torchvision's ResNet with shifts in place, and the mean of the logits of all frames."""
-    frames, resnet = 4, torchvision.models.resnet
+    frames, resnet = 6, torchvision.models.resnet
+    after = frames if pooling == "space" else frames // 2
     base = resnet.ResNet(resnet.Bottleneck, list(blocks), width_per_group=8, num_classes=7)
     for stage in (base.layer1, base.layer2, base.layer3, base.layer4):
         for block in list(stage)[::every]:
-            block.conv1 = Shift(block.conv1, frames)
+            block.conv1 = Shift(block.conv1, frames if stage is base.layer1 else after)
+    if pooling != "space":
+        base.layer2 = TemporalPool(base.layer2, frames)
     clips = random_clips(frames)
     images = clips.transpose(1, 2).flatten(0, 1)
-    consensus = nn.Sequential(base, nn.Unflatten(0, (-1, frames)), Mean())
+    consensus = nn.Sequential(base, nn.Unflatten(0, (-1, after)), Mean())
     expected = logits_of_trained(consensus, base.fc, images)
     state = {f"module.base_model.{key}": value for key, value in base.state_dict().items()}
     for name in ("weight", "bias"):
         state[f"module.new_fc.{name}"] = state.pop(f"module.base_model.fc.{name}")
     result = convert(state, "tsm", "nl_detectron")
-    ours = configured(result, "space", "bidirectional")
-    assert_close(ours(clips), expected, rtol=1e-5, atol=1e-5)
-    assert_close(convert(result.state, "nl_detectron", "tsm").state, state, rtol=0, atol=0)
+    assert result.video["MODEL.VIDEO.POOLING"] == pooling
+    assert_close(configured(result)(clips), expected, rtol=1e-5, atol=1e-5)
+    back = convert(result.state, "nl_detectron", "tsm", pooling=pooling)
+    assert_close(back.state, state, rtol=0, atol=0)
 
 
 def test_report(network):
@@ -263,7 +285,7 @@ def test_report(network):
     result = convert(theirs, "slowfast", "nl_detectron")
     lines = "\n".join(report(result, "slowfast", "nl_detectron", False))
     for text in (
-        *("VIDEO.STEM_KERNEL (5, 7, 7)", "VIDEO.INFLATE '3x1x1'", "VIDEO.NUM_BLOCKS (1, 1)"),
+        *("VIDEO.STEM_KERNEL (5, 7, 7)", "VIDEO.INFLATE 3x1x1", "VIDEO.NUM_BLOCKS (1, 1)"),
         *("VIDEO.HEAD.NUM_CLASSES 3", "VIDEO.POOLING slowfast", "INPUT.FORMAT RGB"),
         *("PIXEL_MEAN [114.75, 114.75, 114.75]", "PIXEL_STD [57.375, 57.375, 57.375]"),
         *("RESNETS.WIDTH_PER_GROUP 4", "AFTER_BLOCKS.RES3 (0,)"),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nl_detectron.non_local import find_blocks
 from nl_detectron.weights import convert, load
-from nl_detectron.weights.names import summarize_keys
+from nl_detectron.weights.names import check_tensors
 
 from .resnet3d import ResNet3d
 
@@ -64,15 +64,5 @@ def load_image_weights(backbone: ResNet3d, path: str | Path, dialect: str) -> No
         if not name.startswith(tuple(f"{block}." for block in find_blocks(backbone)))
     }
     weights = inflate(resnet, own)
-    optional = {name for name in own.keys() | weights if name.endswith("num_batches_tracked")}
-    problems = {
-        "lacks": own.keys() - weights - optional,
-        "has no place in this network for": weights.keys() - own - optional,
-        "has in another shape": {
-            name for name in own.keys() & weights if own[name].shape != weights[name].shape
-        },
-    }
-    for what, names in problems.items():
-        if names:
-            raise ValueError(f"{path} {what} {summarize_keys(sorted(names))}")
+    check_tensors(str(path), weights, own)
     backbone.load_state_dict({n: t for n, t in weights.items() if n in own}, strict=False)

@@ -49,11 +49,10 @@ class Pooling(NamedTuple):
 
 
 _PAIRS = Pool((2, 1, 1), (2, 1, 1), (0, 0, 0))
+_TRIPLES = Pool((3, 1, 1), (2, 1, 1), (1, 0, 0))
 POOLINGS = {
     # Table 1 of the paper; its padding follows from the sizes.
-    "paper": Pooling(
-        2, Pool((3, 3, 3), (2, 2, 2), (1, 1, 1)), Pool((3, 1, 1), (2, 1, 1), (1, 0, 0)), 1
-    ),
+    "paper": Pooling(2, Pool((3, 3, 3), (2, 2, 2), (1, 1, 1)), _TRIPLES, 1),
     # video-nonlocal-net, resnet_video_org.py: the models of 32 (stride 2) and 128 frames
     "released_32x2": Pooling(2, Pool((2, 3, 3), (2, 2, 2), (0, 0, 0)), _PAIRS, 7),
     # video-nonlocal-net, resnet_video.py: 8 frames (stride 8), 32 (stride 4); mmaction2's C2D
@@ -64,6 +63,8 @@ POOLINGS = {
     "mmaction2": Pooling(2, Pool((1, 3, 3), (2, 2, 2), (0, 1, 1)), _PAIRS, 5),
     # All frames are kept: TSM, and the variants that others call "nopool"
     "space": Pooling(1, Pool((1, 3, 3), (1, 2, 2), (0, 1, 1)), None, 1),
+    # TSM, --temporal_pool
+    "tsm_temporal_pool": Pooling(1, Pool((1, 3, 3), (1, 2, 2), (0, 1, 1)), _TRIPLES, 1),
     "none": Pooling(1, None, None, 1),
 }
 
