@@ -60,6 +60,6 @@ setup(
     extras_require={
         "dev": ["hypothesis", "mypy", "nl_detectron[video]", "pytest", "ruff", "safetensors"],
         "safetensors": ["safetensors"],  # for weights in files of this kind
-        "video": ["av>=14,<19"],  # to decode and write videos; 19 drops Python 3.11
+        "video": ["av>=17,<19"],  # to decode and write videos; 19 drops Python 3.11
     },
 )

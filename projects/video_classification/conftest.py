@@ -1,10 +1,12 @@
 """Lets the tests import `video_classification`, which is not installed; and its fixtures."""
 
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,3 +48,38 @@ def randomize():
         return model
 
     return randomize
+
+
+@pytest.fixture
+def coded_frames():
+    """Makes frames in which a pixel is (number of its frame, x, y): what is cut out shows where."""
+
+    def coded_frames(count, height=48, width=64):
+        y, x = np.mgrid[:height, :width]
+        return [
+            np.stack([np.full_like(x, k), x, y], axis=-1).astype(np.uint8) for k in range(count)
+        ]
+
+    return coded_frames
+
+
+@pytest.fixture
+def coded_video(tmp_path, coded_frames):
+    """Writes such frames to a lossless video, and returns its name."""
+    from video_classification.data import write_video
+
+    def coded_video(count, height=48, width=64, fps=10, name="video.mp4"):
+        write_video(tmp_path / name, coded_frames(count, height, width), fps, crf=0)
+        return str(tmp_path / name)
+
+    return coded_video
+
+
+@pytest.fixture
+def real_videos():
+    """The folder with real clips, of which a clone has none; tests that need it are skipped."""
+    repository = Path(__file__).parents[2]
+    root = Path(os.environ.get("DETECTRON2_DATASETS", repository.parent / "shared" / "datasets"))
+    if not (root / "asl").is_dir():
+        pytest.skip(f"needs the clips of github.com/intel-iot-devkit/sample-videos in {root}/asl")
+    return root

@@ -9,6 +9,7 @@ Shapes: F frames, H W height and width; colours are RGB, uint8.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -130,10 +131,11 @@ def iter_frames(path: str | os.PathLike[str]) -> Iterator[tuple[float, np.ndarra
         interval = 1 / float(stream.average_rate or stream.guessed_rate or 25)
     first, seconds = None, -interval
     for stamp, to_image in _decode(path):
-        if first is None and stamp is not None:
-            first = stamp - (seconds + interval)
-        regular = stamp is not None and stamp - first > seconds
-        seconds = stamp - first if regular else seconds + interval
+        next_seconds = seconds + interval
+        if stamp is not None:
+            first = stamp if first is None else first
+            next_seconds = stamp - first if stamp - first > seconds else next_seconds
+        seconds = next_seconds
         yield seconds, to_image()
 
 
@@ -182,15 +184,16 @@ def write_video(
 def _decode(path: str) -> Iterator[tuple[float | None, Callable[[], np.ndarray]]]:
     """Yield the time stamp in seconds and the conversion to an upright RGB image of each frame."""
     with _open(path) as (container, stream):
-        # Workers of a loader are processes; threads in each would only get in each other's way.
+        # One thread: the workers of a loader are processes already, which more would slow down.
         stream.thread_type = "NONE"
+        to_rgb = _import_av().video.reformatter.VideoReformatter()  # one for all: it is costly
         for frame in container.decode(stream):
-            yield frame.time, lambda frame=frame: _to_image(path, frame)
+            yield frame.time, functools.partial(_to_image, path, frame, to_rgb)
 
 
-def _to_image(path: str, frame: Any) -> np.ndarray:
+def _to_image(path: str, frame: Any, to_rgb: Any) -> np.ndarray:
     with _named_errors(path):
-        image = frame.to_ndarray(format="rgb24")
+        image = to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
     return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))
 
 
