@@ -34,8 +34,9 @@ def insert_non_local_blocks(
 
     Args:
         resnet: a detectron2 ``ResNet``, or any network whose stages run their children in order:
-            each an ``nn.Sequential`` (torchvision's ResNets for images and video, for example),
-            or of ``CNNBlockBase`` children (``RegNet``).
+            each an ``nn.Sequential`` (torchvision's ResNets for images and video, for example), an
+            ``nn.ModuleList`` that is iterated over (``res_blocks`` in each of pytorchvideo's
+            ``ResStage``), or of ``CNNBlockBase`` children (``RegNet``).
         after_blocks: stage, such as "res4" or "layer3", to the indices of the residual blocks to
             insert after; 0-based, negative ones count from the end.
         stage_options: stage to those of ``block_options`` that differ for its blocks.
@@ -155,7 +156,7 @@ def _check_dim(residual_block: nn.Module, dim: int) -> None:
 
 
 def _residual_blocks(stage: nn.Module) -> list[str]:
-    in_order = isinstance(stage, nn.Sequential)
+    in_order = isinstance(stage, (nn.Sequential, nn.ModuleList))
     return [
         name
         for name, child in stage.named_children()

@@ -121,6 +121,34 @@ def test_networks_of_torchvision(network):
     assert not torch.equal(ours(clip), stock(clip))
 
 
+class ResStage(nn.Module):
+    """A stage of pytorchvideo's."""
+
+    def __init__(self):
+        super().__init__()
+        self.res_blocks = nn.ModuleList([Block3d(3, 6, 2), Block3d(6, 6, 1), Block3d(6, 6, 1)])
+
+    def forward(self, x):
+        for block in self.res_blocks:
+            x = block(x)
+        return x
+
+
+def test_module_list():
+    """A block of weights other than zero runs in its place, and not again elsewhere."""
+    stage, clip = ResStage().double(), torch.randn(2, 3, 5, 14, 22).double()
+    keys, expected = list(stage.state_dict()), stage(clip)
+    insert_non_local_blocks(stage, {"res_blocks": [-2]}, dim=3, subsample=2)
+    assert [key for key in stage.state_dict() if ".non_local1." not in key] == keys
+    assert torch.equal(stage(clip), expected)
+    blocks = stage.res_blocks
+    block = blocks.get_submodule("non_local1")
+    nn.init.normal_(block.conv_out.weight)
+    between = blocks[1](blocks[0](clip))
+    between = oracles.block(between, block.state_dict(), "embedded_gaussian", subsample=2)
+    assert_close(stage(clip), blocks[2](between))
+
+
 def test_stage_without_convolutions():
     network = nn.Sequential()
     network.stage = nn.Sequential(nn.Linear(5, 7), nn.ReLU())
