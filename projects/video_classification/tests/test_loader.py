@@ -208,19 +208,28 @@ def test_testing_swaps_no_video(cfg, data_set):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_seeds_make_batches_reproducible(cfg, data_set, workers):
-    cfg.DATALOADER.NUM_WORKERS = workers
-    cfg.DATALOADER.MAX_UNREADABLE = 1.0
+def test_a_seed_decides_every_batch(cfg, data_set, workers):
+    cfg.DATALOADER.NUM_WORKERS, cfg.DATALOADER.MAX_UNREADABLE = workers, 1.0
 
-    def batches(seed):
-        seed_all_rng(seed)
-        clips = [clip for _, batch in zip(range(6), build_train_loader(cfg)) for clip in batch]
-        return [clip["file_name"] for clip in clips], torch.stack([c["video"] for c in clips])
+    def batches(seed, start=0):
+        cfg.SEED = seed
+        loader = build_train_loader(cfg)
+        loader.start = start
+        numbers = range(start, 7)
+        batches = [[c["file_name"] for c in batch] for _, batch in zip(numbers, loader)]
+        clips = [clip["video"] for _, batch in zip(numbers, loader) for clip in batch]
+        return batches, torch.stack(clips).reshape(len(numbers), -1)
 
-    (names, videos), (same_names, same_videos), (other_names, _) = (batches(s) for s in (5, 5, 6))
-    assert names == same_names
+    names, videos = batches(5)
+    again, same_videos = batches(5)
+    assert names == again
     assert torch.equal(videos, same_videos)
-    assert names != other_names
+    assert names != batches(6)[0]
+    assert len(videos.unique(dim=0)) == 7
+    for start in (3, 4):  # one that a round of workers begins with, and one that it does not
+        later, later_videos = batches(5, start)
+        assert later == names[start:]
+        assert torch.equal(later_videos, videos[start:])
 
 
 def test_speed(cfg, data_set):
