@@ -63,6 +63,12 @@ STOCK_BUILDERS = {
 }
 
 
+# For the commands that look at a model: the name of its meta-architecture -> a function of its config
+# and weights that returns what stands in for nl_detectron.engine.predictor.Predictor, which runs
+# all others. Add your own.
+PREDICTORS: dict[str, Callable[[CfgNode, str | None], Any]] = {}
+
+
 def add_non_local_config(cfg: CfgNode) -> None:
     """Add ``MODEL.NON_LOCAL`` with its defaults to a detectron2 config, unless it is there.
 

@@ -75,7 +75,7 @@ def add_model_and_images(parser: argparse.ArgumentParser) -> None:
     """Add the options of commands that run a trained model on images."""
     add_config_file(parser)
     parser.add_argument("--weights", metavar="FILE", help="checkpoint (default: MODEL.WEIGHTS)")
-    parser.add_argument("--input", type=Path, required=True, help="image, or folder of images")
+    parser.add_argument("--input", type=Path, required=True, help="image, video, or folder of them")
 
 
 def add_score_threshold(parser: argparse.ArgumentParser, help: str) -> None:

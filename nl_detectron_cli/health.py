@@ -1,8 +1,9 @@
-"""Print what each non-local block of a trained model does on a few images, as a table.
+"""Print what each non-local block of a trained model does on a few images or videos, as a table.
 
 Residual ratio: |W_z y| / |x|, 0 for a block that does nothing. Entropy: 1 if a query attends to all
 positions equally, 0 if it attends to one. Query dependence: 0 if all queries attend to the same
-positions, 1 if no two do. Means over the images; defined in nl_detectron/analysis/health.py.
+positions, 1 if no two do. Means over the images, or over a clip in the middle of each video;
+defined in nl_detectron/analysis/health.py.
 
     nl-detectron health --config-file my.yaml --weights model_final.pth --input images/
 """
@@ -32,29 +33,30 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
 
     import numpy as np
+    import torch
     from tqdm import tqdm
 
     from nl_detectron.analysis.health import watch_health
     from nl_detectron.config import load_config
     from nl_detectron.engine.console import errors_without_traceback, suppress_detectron2_warnings
-    from nl_detectron.engine.frames import Images, print_summary
-    from nl_detectron.engine.predictor import Predictor
+    from nl_detectron.engine.frames import print_summary
+    from nl_detectron.engine.predictor import build_predictor
     from nl_detectron.non_local import find_blocks
 
     with errors_without_traceback():
-        images = Images(args.input)
-        predictor = Predictor(load_config(args.config_file, args.opts), args.weights)
+        predictor = build_predictor(load_config(args.config_file, args.opts), args.weights)
         blocks = find_blocks(predictor.model, "*")
+        inputs = predictor.open(args.input)
 
     measured: dict[str, list[BlockHealth]] = defaultdict(list)
     watch = watch_health(predictor.model, lambda name, health: measured[name].append(health))
-    with suppress_detectron2_warnings(), watch:
-        for frame in tqdm(images, unit="image"):
+    with suppress_detectron2_warnings(), watch, torch.no_grad():
+        for file in tqdm(inputs, unit=inputs.kind):
             try:
-                predictor(frame.image)
+                predictor.model([predictor.sample(file).inputs])
             except (OSError, ValueError) as error:
-                images.skip(frame.name, error)
-    print_summary(args.input, len(images) - images.skipped, images.skipped)
+                inputs.skip(file.name, error)
+    print_summary(args.input, len(inputs) - inputs.skipped, inputs.skipped, inputs.kind)
     print("| block | residual ratio | entropy | query dependence |")
     print("|---|---:|---:|---:|")
     for name in blocks:

@@ -25,8 +25,8 @@ ROOMS = {
     "model_zoo": "files model_zoo",
     "weights": "networks dialects names video blocks files convert report config_model "
     "video_config",
-    "analysis": "geometry drawing.colors drawing.canvas drawing.figures attention queries "
-    "health cost detector_cost",
+    "analysis": "geometry drawing.colors drawing.strip drawing.canvas drawing.figures attention "
+    "queries health cost detector_cost",
     "engine": "console frames checkpoint predictor schedule trainer ablation launch "
     "coco.flipping coco.files coco.metadata coco.data_sets coco.evaluation coco.results "
     "coco.trainer",

@@ -145,13 +145,14 @@ def attention_map(
         ValueError: the point or the sample is outside the block's map.
     """
     size = recording.last_input.shape[2:]
-    cell = grid.cell(x, y, frame)
-    weights = recording.attention(cell[-len(size) :], sample).numpy()
+    # Poolings may leave out the last pixels and frames: they count as the last cell's.
+    cell = [c - (c == s) for c, s in zip(grid.cell(x, y, frame)[-len(size) :], size)]
+    weights = recording.attention(cell, sample).numpy()
     weights = weights.reshape(-1, *weights.shape[-2:])
     window = recording.block.pool_window(size)[-2:]
     height, width = image_size
     boxes = grid.pooled(window).boxes(*weights.shape[1:])
-    return AttentionMap(weights, boxes.clip(0, [width, height] * 2), (x, y, cell[0]))
+    return AttentionMap(weights, boxes.clip(0, [width, height] * 2), (x, y, cell[0] if cell[2:] else 0))
 
 
 def block_stride(backbone: nn.Module, block: nn.Module) -> int:

@@ -37,7 +37,7 @@ class FeatureGrid:
 
     @classmethod
     def for_stage(
-        cls, stride: int, image_size: Sequence[int], input_size: Sequence[int]
+        cls, stride: int, image_size: Sequence[int], input_size: Sequence[int], frames: int = 1
     ) -> FeatureGrid:
         """Create the grid of a backbone stage.
 
@@ -46,10 +46,12 @@ class FeatureGrid:
             image_size: H, W of the original image.
             input_size: H, W of the resized image, before padding. detectron2 pads on the right and
                 at the bottom only, which does not shift the grid.
+            frames: stride of the stage in time.
         """
         return cls(
             width=stride * image_size[1] / input_size[1],
             height=stride * image_size[0] / input_size[0],
+            frames=frames,
         )
 
     @classmethod
@@ -82,6 +84,17 @@ class FeatureGrid:
         return np.stack([x0, y0, x1, y1], axis=-1)
 
 
+def middle_frame(position: int, stride: int, length: int) -> int:
+    """Return the frame in the middle of those that a position of the map stands for.
+
+    Args:
+        position: index into T.
+        stride: number of frames that it stands for.
+        length: number of frames of the clip.
+    """
+    return min(position * stride + (stride - 1) // 2, length - 1)
+
+
 class Key(NamedTuple):
     """A key of an attention map.
 
@@ -111,16 +124,25 @@ class AttentionMap:
         boxes: x0, y0, x1, y1 of the keys in the original image, clipped to its border; (H, W, 4). A
             key in the padding has an empty box.
         query: x, y in the original image, and index into T.
+        hidden: sum of the absolute weights of keys that :meth:`select` left out.
     """
 
     weights: np.ndarray
     boxes: np.ndarray
     query: tuple[float, float, int]
+    hidden: float = 0.0
 
     @property
     def in_image(self) -> np.ndarray:
         """Whether each key overlaps the image; (H, W) bool."""
         return np.all(self.boxes[..., 2:] > self.boxes[..., :2], axis=-1)
+
+    def select(self, positions: Sequence[int]) -> AttentionMap:
+        """Return the map at some indices into T, among which must be the query's."""
+        kept = self.weights[list(positions)]
+        x, y, t = self.query
+        hidden = float(np.abs(self.weights).sum() - np.abs(kept).sum())
+        return AttentionMap(kept, self.boxes, (x, y, positions.index(t)), hidden)
 
     def topk(self, count: int = 20) -> list[Key]:
         """Return the ``count`` keys in the image with the largest absolute weights."""

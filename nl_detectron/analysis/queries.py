@@ -1,4 +1,4 @@
-"""Query the attention of a detector from pixels, or from the keypoints of its detections."""
+"""Query the attention of a model from pixels, or from the keypoints of its detections."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from detectron2.data import Metadata
 
 from nl_detectron.analysis.attention import attention_map, block_stride, record_attention
 from nl_detectron.analysis.drawing import Box, Detection
-from nl_detectron.analysis.geometry import AttentionMap, FeatureGrid
+from nl_detectron.analysis.geometry import AttentionMap, FeatureGrid, middle_frame
 
 
 class QuerySpec(NamedTuple):
@@ -42,6 +42,8 @@ class QueryResult(NamedTuple):
         attention: the map.
         detection: the detection that the joint belongs to, or whose RoI contains the query.
         crop: for a block in an RoI head, the region around the RoI; otherwise None.
+        clip: number of each frame of the clip in its video; empty for an image.
+        stride: number of frames of the clip that a position of the map stands for.
     """
 
     block: str
@@ -50,6 +52,8 @@ class QueryResult(NamedTuple):
     attention: AttentionMap
     detection: Detection | None
     crop: Box | None
+    clip: Sequence[int] = ()
+    stride: int = 1
 
     @property
     def summary(self) -> str:
@@ -57,9 +61,13 @@ class QueryResult(NamedTuple):
         attention = self.attention
         key = attention.topk(1)[0]
         x, y = key.center
+        where = f"({x:.0f}, {y:.0f})"
+        if self.clip:
+            middle = middle_frame(key.frame, self.stride, len(self.clip))
+            where += f" around frame {self.clip[middle]}"
         padding = attention.weights[:, ~attention.in_image].sum()
         return (
-            f"most to ({x:.0f}, {y:.0f}), weight {key.weight:.3f} of "
+            f"most to {where}, weight {key.weight:.3f} of "
             f"{attention.weights.sum():.3f}, padding {padding:.3f}"
         )
 
@@ -93,29 +101,28 @@ def joint_indices(joints: Sequence[str], cfg: CfgNode, metadata: Metadata) -> di
 
 
 def query_attention(
-    queries: QuerySpec, predictor: Any, metadata: Metadata, image: np.ndarray
+    queries: QuerySpec, predictor: Any, metadata: Metadata, sample: Any
 ) -> Iterator[QueryResult]:
-    """Run a detector on an image and yield the attention of every query in every block.
+    """Run a model on an image or a clip, and yield the attention of every query in every block.
 
     Args:
         queries: the points and blocks to query.
-        predictor: a :class:`nl_detectron.engine.predictor.Predictor` of the detector.
+        predictor: what :func:`nl_detectron.engine.predictor.build_predictor` returns.
         metadata: holds the class names.
-        image: BGR, uint8, (H, W, 3).
+        sample: a :class:`nl_detectron.engine.predictor.Sample` of the predictor.
 
     Raises:
         ValueError: a query is outside the image, or no detection matches it.
     """
-    size = image.shape[:2]
+    size = sample.size
     for column, row in queries.pixels:
         if not (0 <= column < size[1] and 0 <= row < size[0]):
             raise ValueError(
                 f"--query {column},{row} is outside the image, {size[1]} x {size[0]} pixels"
             )
     model: Any = predictor.model
-    inputs = predictor.network_input(image)
     with torch.no_grad(), record_attention(model, *queries.blocks) as recordings:
-        detections = _detect(model, inputs, size)
+        detections = _detect(model, sample.inputs, size)
     names = metadata.get("thing_classes", ())
     confident = detections.scores >= queries.score_threshold
 
@@ -125,11 +132,15 @@ def query_attention(
         return Detection(tuple(detections.boxes[i].tolist()), f"{name} {detections.scores[i]:.0%}")
 
     for recording in recordings.values():
+        frames = predictor.frame_stride(recording.name)
         for query, title, index, (x, y) in _query_points(queries, detections, confident):
+            if sample.clip:
+                query = f"{query}_{sample.clip[sample.frame]}"
+                title = f"{title} in frame {sample.clip[sample.frame]}"
             if recording.name.startswith("backbone."):
                 stride = block_stride(model.backbone, recording.block)
-                grid, crop = FeatureGrid.for_stage(stride, size, inputs["image"].shape[1:]), None
-                attention = attention_map(recording, grid, size, x, y)
+                grid, crop = FeatureGrid.for_stage(stride, size, sample.input_size, frames), None
+                attention = attention_map(recording, grid, size, x, y, frame=sample.frame)
             else:
                 roi = index
                 if roi is None:
@@ -138,7 +149,7 @@ def query_attention(
                 attention = attention_map(recording, grid, size, x, y, sample=roi)
                 crop, index = _expand_box(detections.boxes[roi], size), roi
             outlined = None if index is None else label(index)
-            yield QueryResult(recording.name, query, title, attention, outlined, crop)
+            yield QueryResult(recording.name, query, title, attention, outlined, crop, sample.clip, frames)
 
 
 def _detect(model: Any, inputs: dict[str, Any], image_size: Sequence[int]) -> _Detections:

@@ -38,10 +38,12 @@ class _FrameSource:
     """Base class of the sources of frames.
 
     Attributes:
+        kind: what is counted, "image" or "video".
         skipped: number of frames skipped so far.
         endless: whether the stream ends only when the user stops it.
     """
 
+    kind = "image"
     endless = False
 
     def __init__(self, path: Path):
@@ -55,12 +57,58 @@ class _FrameSource:
         self.skipped += 1
 
 
-class Images(_FrameSource):
+class _Files(_FrameSource):
+    """A file, or the files of a kind in a folder, sorted by name."""
+
+    suffixes: tuple[str, ...]
+
+    def __init__(self, path: Path):
+        super().__init__(path if path.is_dir() else path.parent)
+        self._files = [path]
+        if path.is_dir():
+            entries = sorted(path.iterdir())
+            self._files = [file for file in entries if file.suffix.lower() in self.suffixes]
+            if folders := sum(entry.is_dir() for entry in entries):
+                print(f"{path}: ignoring {folders} subfolder(s)")
+        if not self._files:
+            raise ValueError(f"{path} contains no {self.kind} ({' '.join(self.suffixes)})")
+        self._stem_counts = Counter(file.stem for file in self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def stem(self, file: Frame | Path) -> str:
+        """Return the file name without its suffix, or with it if another file has the same stem."""
+        stem = Path(file.name).stem
+        return file.name if self._stem_counts[stem] > 1 else stem
+
+
+class Videos(_Files):
+    """The files of videos, which are not opened here."""
+
+    kind, suffixes = "video", VIDEO_SUFFIXES
+
+    def __init__(self, path: Path):
+        """Find the files; raise a ``ValueError`` if there are none."""
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            raise ValueError(
+                f"the model needs a video ({' '.join(VIDEO_SUFFIXES)}) or a folder of videos, "
+                f"got {path}"
+            )
+        super().__init__(path)
+
+    def __iter__(self) -> Iterator[Path]:
+        return iter(self._files)
+
+
+class Images(_Files):
     """An image, or the images in a folder, sorted by name.
 
     An image without a known id gets its name without the suffix, as a number if it is one: 139 for
     000000000139.jpg, as in COCO.
     """
+
+    suffixes = IMAGE_SUFFIXES
 
     def __init__(
         self,
@@ -79,15 +127,7 @@ class Images(_FrameSource):
             OSError: the output folder cannot be created.
             ValueError: there is no image, or ``output`` is not a usable folder.
         """
-        super().__init__(path if path.is_dir() else path.parent)
-        self._files = [path]
-        if path.is_dir():
-            entries = sorted(path.iterdir())
-            self._files = [file for file in entries if file.suffix.lower() in IMAGE_SUFFIXES]
-            if folders := sum(entry.is_dir() for entry in entries):
-                print(f"{path}: ignoring {folders} subfolder(s)")
-        if not self._files:
-            raise ValueError(f"{path} contains no image ({' '.join(IMAGE_SUFFIXES)})")
+        super().__init__(path)
         if output is not None:
             if output.suffix.lower() in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES) and not output.is_dir():
                 raise ValueError(f"--output must be a folder for image input, got {output}")
@@ -95,10 +135,6 @@ class Images(_FrameSource):
                 raise ValueError(f"--output {output} would overwrite the input")
             make_output_folder(output)
         self._output, self._image_ids = output, image_ids or {}
-        self._stem_counts = Counter(file.stem for file in self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
 
     def __iter__(self) -> Iterator[Frame]:
         for file in self._files:
@@ -123,11 +159,6 @@ class Images(_FrameSource):
                     f"--json needs a unique id for every image in {self._path}, but "
                     f"{other.name} and {file.name} both have the id {self._id(file)!r}"
                 )
-
-    def stem(self, frame: Frame) -> str:
-        """Return the file name without its suffix, or with it if another file has the same stem."""
-        stem = Path(frame.name).stem
-        return frame.name if self._stem_counts[stem] > 1 else stem
 
     def write(self, frame: Frame, rendered: np.ndarray) -> None:
         """Write the rendered image of a frame, BGR."""
@@ -237,15 +268,15 @@ def make_output_folder(path: Path) -> None:
         raise OSError(f"folder {path} cannot be created: {error.strerror}") from error
 
 
-def print_summary(source: str | Path, done: int, skipped: int) -> None:
-    """Print how many images of ``source`` were processed and skipped.
+def print_summary(source: str | Path, done: int, skipped: int, kind: str = "image") -> None:
+    """Print how many images, or videos, of ``source`` were processed and skipped.
 
     Raises:
-        SystemExit: no image was processed.
+        SystemExit: none was processed.
     """
-    print(f"{done} images done, {skipped} skipped", flush=True)
+    print(f"{done} {kind}s done, {skipped} skipped", flush=True)
     if not done:
-        raise SystemExit(f"no image of {source} could be processed")
+        raise SystemExit(f"no {kind} of {source} could be processed")
 
 
 def _read_image(file: Path) -> np.ndarray:

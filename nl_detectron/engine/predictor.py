@@ -3,22 +3,58 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from detectron2 import engine
 from detectron2.config import CfgNode
+from torch import nn
 
+from nl_detectron.config import PREDICTORS
 from nl_detectron.engine.checkpoint import StrictCheckpointer
+from nl_detectron.engine.frames import Frame, Images
 
 logger = logging.getLogger(__name__)
 
 
+class Sample(NamedTuple):
+    """An image or a clip: what a model is run on, and what its attention is drawn on.
+
+    Attributes:
+        inputs: of the model, which takes a list of them.
+        size: H, W of the image, or of the frames of the video.
+        input_size: H, W of what the network sees of it, before padding.
+        title: names the image, or the video and the clip.
+        pictures: returns frames (H, W, 3), uint8 in RGB, by their indices in the clip.
+        clip: for a clip, the number of each frame in its video.
+        frame: index into ``clip`` of the frame to query.
+    """
+
+    inputs: dict[str, Any]
+    size: tuple[int, ...]
+    input_size: tuple[int, ...]
+    title: str
+    pictures: Callable[[Sequence[int]], Sequence[np.ndarray]]
+    clip: Sequence[int] = ()
+    frame: int = 0
+
+
+def build_predictor(cfg: CfgNode, weights: str | None = None) -> Any:
+    """Return a :class:`Predictor`, or what a project registered for its models.
+
+    A class that is registered in :data:`nl_detectron.config.PREDICTORS` has these members of
+    :class:`Predictor`: ``model``, ``open``, ``sample`` and ``frame_stride``.
+    """
+    return PREDICTORS.get(cfg.MODEL.META_ARCHITECTURE, Predictor)(cfg, weights)
+
+
 class Predictor(engine.DefaultPredictor):
     """detectron2's predictor for BGR images (H, W, 3), which requires a complete set of weights."""
+
+    open = Images  # finds the images that a user names
 
     def __init__(self, cfg: CfgNode, weights: str | None = None):
         """Build the model and load its weights.
@@ -36,9 +72,7 @@ class Predictor(engine.DefaultPredictor):
         cfg.MODEL.WEIGHTS = ""  # the stock class ignores missing parameters
         with model_errors():
             super().__init__(cfg)
-        if not weights:
-            logger.warning("No weights are given: the model keeps its random initial values.")
-        StrictCheckpointer(self.model, complete=True).load(weights)
+        load_weights(self.model, weights)
 
     def network_input(self, image: np.ndarray) -> dict[str, Any]:
         """Return the input of ``model`` for an image, to run the model without this class."""
@@ -48,6 +82,27 @@ class Predictor(engine.DefaultPredictor):
         resized = self.aug.get_transform(image).apply_image(image)
         pixels = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1))
         return {"image": pixels, "height": height, "width": width}
+
+    def sample(self, frame: Frame) -> Sample:
+        """Prepare an image."""
+        inputs, size = self.network_input(frame.image), frame.image.shape[:2]
+        picture = frame.image[:, :, ::-1]
+        return Sample(inputs, size, inputs["image"].shape[1:], frame.name, lambda _: [picture])
+
+    def frame_stride(self, block: str) -> int:
+        """Return the stride in time of a block's map, by the name of the block."""
+        return 1
+
+
+def load_weights(model: nn.Module, weights: str) -> None:
+    """Load all weights of a model; "" keeps its initial values, and warns.
+
+    Raises:
+        ValueError: the weights do not match the model exactly.
+    """
+    if not weights:
+        logger.warning("No weights are given: the model keeps its random initial values.")
+    StrictCheckpointer(model, complete=True).load(weights)
 
 
 @contextmanager

@@ -51,6 +51,7 @@ class FigureData(NamedTuple):
         title: names the block, the query and the image.
         detection: detection to outline.
         crop: x0, y0, x1, y1 of the region to draw; default: the whole image.
+        labels: of the frames of a clip; default: "t = 0" and so on.
     """
 
     frames: Sequence[np.ndarray]
@@ -58,6 +59,7 @@ class FigureData(NamedTuple):
     title: str = ""
     detection: Detection | None = None
     crop: Box | None = None
+    labels: Sequence[str] = ()
 
 
 class Canvas:
@@ -109,11 +111,12 @@ class Canvas:
 
         self.axes = axes_at(image_top, inches * (y1 - y0))
         self.axes.set_axis_off()
+        labels = data.labels or [f"t = {t}" for t in range(len(frames))]
         for t, frame in enumerate(frames):
             extent = (self.frame_left(t), self.frame_left(t) + width, height, 0)
             self.axes.imshow(frame, extent=extent, cmap="gray", vmin=0, vmax=255)
             if len(frames) > 1:
-                self._label(self.frame_left(t), 0, f"t = {t}", "left", "top")
+                self._label(self.frame_left(t), 0, labels[t], "left", "top")
         self.axes.set(xlim=(x0, x1), ylim=(y1, y0), aspect="auto")
         scale.draw_bar(axes_at(bar_top, BAR, share=0.9), FONT_SIZE)  # room for the outer ticks
         self.figure.text(

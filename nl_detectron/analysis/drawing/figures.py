@@ -50,16 +50,17 @@ def draw_heat_map(data: FigureData, *, smooth: bool = True) -> Figure:
         )
     key = attention.topk(1)[0]
     outline = canvas.outline(key.box, key.frame, "white")
-    return canvas.finish({f"strongest key, weight {key.weight:.2g}": outline})
+    here = " in these frames" if attention.hidden else ""
+    return canvas.finish({f"strongest key{here}, weight {key.weight:.2g}": outline})
 
 
 def draw_arrows(data: FigureData) -> Figure:
     """Draw arrows from the query to the centers of the keys with the largest weights (Figure 3).
 
     Arrows are drawn to the strongest keys in the image until they hold 90% of the total weight, but
-    at most 20; the legend gives their number and share. The width and opacity of an arrow grow with
-    the square root of its share, so arrows of a flat map are faint. Negative weights count by their
-    absolute value.
+    at most 20; the legend gives their number and share, and the share of frames that are not drawn.
+    The width and opacity of an arrow grow with the square root of its share, so arrows of a flat
+    map are faint. Negative weights count by their absolute value.
 
     Args:
         data: contents of the figure.
@@ -69,7 +70,7 @@ def draw_arrows(data: FigureData) -> Figure:
     """
     attention = data.attention
     scale = ColorScale.from_attention(attention, opaque=True)
-    total = float(np.abs(attention.weights).sum())
+    total = float(np.abs(attention.weights).sum()) + attention.hidden
     keys, covered = [], 0.0
     for key in attention.topk(MAX_ARROWS):
         if covered >= WEIGHT_SHARE or key.weight == 0:
@@ -99,7 +100,10 @@ def draw_arrows(data: FigureData) -> Figure:
             },
         )
     handle = Line2D([], [], color="0.3", linewidth=1.5, marker=">", markersize=3)
-    statement = f"top {len(keys)} of {attention.weights.size} keys: {covered:.0%} of the weight"
+    here = " in these frames" if attention.hidden else ""
+    statement = f"top {len(keys)} of {attention.weights.size} keys{here}: {covered:.0%} of the weight"
+    if attention.hidden:
+        statement += f", {attention.hidden / total:.0%} in other frames"
     return canvas.finish({statement: handle})
 
 
