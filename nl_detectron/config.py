@@ -63,9 +63,8 @@ STOCK_BUILDERS = {
 }
 
 
-# For the commands that look at a model: the name of its meta-architecture -> a function of its config
-# and weights that returns what stands in for nl_detectron.engine.predictor.Predictor, which runs
-# all others. Add your own.
+# For the commands that look at a model: MODEL.META_ARCHITECTURE -> a function of the config and the
+# weights that makes its predictor. All others get nl_detectron.engine.predictor.Predictor.
 PREDICTORS: dict[str, Callable[[CfgNode, str | None], Any]] = {}
 
 

@@ -28,7 +28,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nl_detectron_cli.arguments import (
     add_model_and_images,
@@ -164,15 +164,14 @@ def main(argv: list[str] | None = None) -> None:
                 for result in query_attention(queries, predictor, metadata, sample):
                     stem = args.output / inputs.stem(file)
                     files += save_figures(result, sample, stem, args.frames, args.cells)
-                    tqdm.write(
-                        f"{file.name}, {result.block}: from {result.query} {result.summary}"
-                    )
+                    tqdm.write(f"{file.name}, {result.block}: from {result.query} {result.summary}")
             except (OSError, ValueError) as error:
                 inputs.skip(file.name, error)
     print_summary(args.input, len(inputs) - inputs.skipped, inputs.skipped, inputs.kind)
     shown = files[: 2 * MAX_PAIRS]
     if len(shown) > 2:
-        save_image_grid(args.output / "grid.png", shown, grid_columns(len(shown)))
+        columns = 2 if inputs.kind == "video" else grid_columns(len(shown))
+        save_image_grid(args.output / "grid.png", shown, columns)
         print(f"{args.output / 'grid.png'} shows {len(shown)} of {len(files)} figures")
 
 
@@ -210,13 +209,10 @@ def save_figures(
     files = [Path(f"{stem}.{block}.{result.query}.{kind}.png") for kind in figures]
     for file, figure in zip(files, figures.values()):
         figure.savefig(file)
-    arrays = {
-        "weights": attention.weights,
-        "boxes": attention.boxes,
-        "query": np.array(attention.query),
-    }
+    arrays: dict[str, Any] = {"weights": attention.weights, "boxes": attention.boxes}
     if sample.clip:
-        arrays["frames"] = np.array(clip)
+        arrays["frames"] = clip
         arrays["positions"] = np.minimum(np.arange(len(clip)) // result.stride, positions - 1)
-    np.savez(f"{stem}.{block}.{result.query}.npz", **arrays)
+    query = np.array(attention.query)
+    np.savez(f"{stem}.{block}.{result.query}.npz", **arrays, query=query)
     return files

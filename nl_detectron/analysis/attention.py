@@ -152,7 +152,9 @@ def attention_map(
     window = recording.block.pool_window(size)[-2:]
     height, width = image_size
     boxes = grid.pooled(window).boxes(*weights.shape[1:])
-    return AttentionMap(weights, boxes.clip(0, [width, height] * 2), (x, y, cell[0] if cell[2:] else 0))
+    return AttentionMap(
+        weights, boxes.clip(0, [width, height] * 2), (x, y, cell[0] if cell[2:] else 0)
+    )
 
 
 def block_stride(backbone: nn.Module, block: nn.Module) -> int:

@@ -118,7 +118,8 @@ def query_attention(
     for column, row in queries.pixels:
         if not (0 <= column < size[1] and 0 <= row < size[0]):
             raise ValueError(
-                f"--query {column},{row} is outside the image, {size[1]} x {size[0]} pixels"
+                f"--query {column},{row} is outside the {'frames' if sample.clip else 'image'}, "
+                f"{size[1]} x {size[0]} pixels"
             )
     model: Any = predictor.model
     with torch.no_grad(), record_attention(model, *queries.blocks) as recordings:
@@ -149,7 +150,9 @@ def query_attention(
                 attention = attention_map(recording, grid, size, x, y, sample=roi)
                 crop, index = _expand_box(detections.boxes[roi], size), roi
             outlined = None if index is None else label(index)
-            yield QueryResult(recording.name, query, title, attention, outlined, crop, sample.clip, frames)
+            yield QueryResult(
+                recording.name, query, title, attention, outlined, crop, sample.clip, frames
+            )
 
 
 def _detect(model: Any, inputs: dict[str, Any], image_size: Sequence[int]) -> _Detections:

@@ -5,6 +5,8 @@ Expected places are computed by hand, expected colours are matplotlib's own.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import matplotlib
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from PIL import Image
 
 from nl_detectron.analysis.drawing.canvas import COLUMN, GAP, TWO_COLUMNS, Detection, FigureData
 from nl_detectron.analysis.drawing.figures import draw_arrows, draw_heat_map, save_image_grid
+from nl_detectron.analysis.drawing.strip import choose_frames
 from nl_detectron.analysis.geometry import AttentionMap, FeatureGrid
 
 HEIGHT, WIDTH = 40, 60
@@ -152,6 +155,25 @@ class TestHeatMap:
         assert outline.get_bbox().bounds == (2 * SHIFT + 32, 36, 16, 4)
         assert legend(figure) == ["query", "strongest key, weight 0.25"]
         assert [t.get_text() for t in figure.axes[0].texts] == ["t = 0", "t = 1", "t = 2"]
+
+    def test_some_of_the_frames(self):
+        """Weights in the others count in the shares."""
+        weights = keys(4, _0_1=0.03)
+        weights[1, 0, 0], weights[0, 2, 2], weights[2, 3, 3] = -0.06, 0.2, 0.01
+        shown = subject(weights[:2], query=(5.0, 7.0, 3), labels=("frame 8", "frame 24"))
+        whole = replace(shown.attention, weights=weights)
+        shown = shown._replace(attention=whole.select([1, 3]))
+        heat, arrow = draw_heat_map(shown), draw_arrows(shown)
+        assert legend(heat)[1] == "strongest key in these frames, weight -0.06"
+        assert legend(arrow)[1] == (
+            "top 2 of 40 keys in these frames: 30% of the weight, 70% in other frames"
+        )
+        assert [ends for *ends, _ in arrows(arrow)] == [
+            [(SHIFT + 5, 7), (8, 6)],
+            [(SHIFT + 5, 7), (SHIFT + 24, 6)],
+        ]
+        texts = [t.get_text() for t in heat.axes[0].texts]
+        assert texts == ["frame 8", "frame 24"]
 
     def test_view_shows_a_part(self):
         grid = FeatureGrid(2.0, 2.0, left=20.0, top=10.0)
@@ -318,6 +340,25 @@ class TestLayout:
         extent = label.get_window_extent()
         assert image.x0 <= extent.x0 < extent.x1 <= image.x1
         assert image.y0 <= extent.y0 < extent.y1 <= image.y1
+
+
+# A clip of every third frame from 10 on. By default, the middle of the frames of each position is
+# drawn, 4t + 1 for a stride of 4; of the query's position, the query.
+@pytest.mark.parametrize(
+    ("positions", "stride", "query", "wanted", "chosen"),
+    [
+        (4, 4, 6, [], {0: 1, 1: 6, 2: 9, 3: 13}),
+        (4, 1, 3, [], {0: 0, 1: 1, 2: 2, 3: 3}),
+        (9, 1, 3, [], {0: 0, 3: 3, 4: 4, 6: 6, 8: 8}),  # 0 2 4 6 8, but 3 instead of 2
+        (3, 4, 13, [], {0: 1, 1: 5, 2: 13}),  # 12 to 15 are left out by a pooling
+        (4, 4, 6, [10, 55], {0: 0, 1: 6, 3: 15}),
+        (4, 4, 6, [28], {1: 6}),
+    ],
+)
+def test_choice_of_frames(positions, stride, query, wanted, chosen):
+    clip = list(range(10, 58, 3))
+    found = choose_frames(positions, stride, clip, query, wanted)
+    assert list(found.items()) == list(chosen.items())
 
 
 def test_grid(tmp_path):

@@ -101,7 +101,9 @@ def draw_arrows(data: FigureData) -> Figure:
         )
     handle = Line2D([], [], color="0.3", linewidth=1.5, marker=">", markersize=3)
     here = " in these frames" if attention.hidden else ""
-    statement = f"top {len(keys)} of {attention.weights.size} keys{here}: {covered:.0%} of the weight"
+    statement = (
+        f"top {len(keys)} of {attention.weights.size} keys{here}: {covered:.0%} of the weight"
+    )
     if attention.hidden:
         statement += f", {attention.hidden / total:.0%} in other frames"
     return canvas.finish({statement: handle})

@@ -12,7 +12,6 @@ from .config import add_video_config
 from .models import VideoClassifier
 
 
-
 def _predictor(*args: Any) -> Any:
     from .predictor import VideoPredictor  # needs PyAV
 

@@ -9,7 +9,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
@@ -17,6 +16,7 @@ from nl_detectron.engine.frames import Videos
 from nl_detectron.engine.predictor import Sample, load_weights, model_errors
 
 from .data.decode import VideoReader
+from .data.mapper import VideoMapper
 from .data.transforms import resize
 
 
@@ -36,6 +36,7 @@ class VideoPredictor:
             ValueError: the config does not build a model, or the weights do not match it exactly.
         """
         self.cfg = cfg
+        self.mapper = VideoMapper(cfg, is_train=False)
         with model_errors():
             self.model: Any = build_model(cfg).eval()
         load_weights(self.model, cfg.MODEL.WEIGHTS if weights is None else weights)
@@ -60,13 +61,12 @@ class VideoPredictor:
         size = video.read([frame])[0].shape[:2]
         pixels = video.read(clip, lambda image: resize(image, self.cfg.INPUT.MIN_SIZE_TEST))
         numbers = ", ".join(map(str, clip if len(clip) < 4 else [*clip[:2], "…", clip[-1]]))
-        inputs = {"video": torch.as_tensor(pixels).permute(3, 0, 1, 2)}
         return Sample(
-            inputs,
+            {"video": self.mapper.to_tensor(pixels)},
             size,
             pixels.shape[1:3],
             f"{path.name}, {len(clip)} frames: {numbers}",
-            lambda indices: video.read([clip[i] for i in indices]),
+            lambda indices: list(video.read([clip[i] for i in indices])),
             clip,
             query,
         )
