@@ -206,6 +206,20 @@ def test_keys_are_cut_off_at_the_border_of_the_image():
     assert attention.boxes[2, 3].tolist() == [48, 32, 60, 40]
 
 
+@pytest.mark.parametrize("axis", range(3))
+def test_pixels_and_frames_that_poolings_leave_out_are_the_last_cells(axis):
+    recording, grid = record(make(dim=3), torch.rand(1, C, 3, 5, 7)), FeatureGrid(4, 4, frames=4)
+    last, point = [1, 2, 3], [5, 9, 13]  # frame, y, x
+    last[axis] = [2, 4, 6][axis]
+    point[axis] = [12, 20, 28][axis]
+    found = attention_map(recording, grid, (24, 32), point[2], point[1], frame=point[0])
+    assert found.query[2] == last[0]
+    assert_close(torch.from_numpy(found.weights), recording.attention(last))
+    point[axis] += 4
+    with pytest.raises(ValueError, match="is outside the map"):
+        attention_map(recording, grid, (24, 32), point[2], point[1], frame=point[0])
+
+
 def test_planted_pair_in_another_frame():
     """A red cell of frames 2 and 3 looks at a blue one of 8 and 9."""
     block = NonLocalBlock(2, dim=3, reduction=1, subsample=2)

@@ -4,21 +4,8 @@
 # DETECTRON2_ENV_MODULE names it.
 import nl_detectron  # isort: skip
 
-from typing import Any
-
-from nl_detectron.config import PREDICTORS
-
 from .config import add_video_config
 from .models import VideoClassifier
-
-
-def _predictor(*args: Any) -> Any:
-    from .predictor import VideoPredictor  # needs PyAV
-
-    return VideoPredictor(*args)
-
-
-PREDICTORS["VideoClassifier"] = _predictor
 
 __all__ = ["VideoClassifier", "add_video_config"]
 

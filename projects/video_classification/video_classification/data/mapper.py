@@ -109,7 +109,7 @@ class VideoMapper:
             images = images[:, y : y + height, x : x + width]
         if self._flip == "horizontal" and rng.rand() < 0.5:
             images = transforms.flip(images)
-        result = {"video": self._to_tensor(images)}
+        result = {"video": self.to_tensor(images)}
         if "actions" in record:
             result["label"] = _label(record["actions"], video.times[numbers])
         return result
@@ -123,13 +123,13 @@ class VideoMapper:
         images = video.read(used, lambda image: transforms.resize(image, self._side))
         crops = transforms.test_crops(*images.shape[1:3], *self._crops)
         return {
-            "video": self._to_tensor(images),
+            "video": self.to_tensor(images),
             "clips": torch.from_numpy(clips.reshape(frames.shape)),
             "crops": torch.tensor(crops),
             "frames": torch.from_numpy(frames),
         }
 
-    def _to_tensor(self, images: np.ndarray) -> Tensor:
+    def to_tensor(self, images: np.ndarray) -> Tensor:
         """Convert frames (F, H, W, 3), RGB, to (3, F, H, W) in the order of ``INPUT.FORMAT``."""
         if self._bgr:
             images = images[..., ::-1]
