@@ -16,6 +16,26 @@ from torch import Tensor, nn
 from .models import VideoClassifier
 
 
+COMBINE = {"mean": lambda scores: scores.mean(0), "max": lambda scores: scores.amax(0)}
+
+
+def combine_views(scores: Tensor, how: str) -> Tensor:
+    """Return the scores of a video, (K,), from those of its views, (V, K).
+
+    Args:
+        scores: probabilities.
+        how: a key of :data:`COMBINE` (config key TEST.VIEWS.COMBINE).
+
+    Raises:
+        ValueError: another value of ``how``.
+    """
+    if how not in COMBINE:
+        raise ValueError(
+            f"how (config key TEST.VIEWS.COMBINE) must be one of {tuple(COMBINE)}, got {how!r}"
+        )
+    return COMBINE[how](scores)
+
+
 class MultiViewClassifier(nn.Module):
     """Wraps a model for test-time views, as ``GeneralizedRCNNWithTTA`` does for detectors."""
 

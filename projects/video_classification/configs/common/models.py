@@ -49,7 +49,7 @@ def long_classifier(head=None, **options):
 def tsm(shift=None, **options):
     """The model of Base-TSM.yaml."""
     shift = {"direction": "bidirectional", **(shift or {})}
-    model = classifier({"init_std": 0.001}, pooling="space", shift=shift, **options)
+    model = classifier({"pool_size": 0, "init_std": 0.001}, pooling="space", shift=shift, **options)
     model.pixel_mean = [123.675, 116.28, 103.53]
     model.pixel_std = [58.395, 57.12, 57.375]
     return model
