@@ -105,8 +105,22 @@ class RenamedOption(argparse.Action):
         parser.error(f"{self.option_strings[0]} is now called {self.const}")
 
 
-def training_parser(description: str) -> argparse.ArgumentParser:
-    """Return a parser with the arguments of detectron2's train_net, and our own."""
+def add_coco_data(parser: argparse.ArgumentParser) -> None:
+    """Add the custom COCO files to train and test on."""
+    for split in ("train", "test"):
+        parser.add_argument(f"--{split}-json", help=f"custom COCO annotations to {split} on")
+        parser.add_argument(f"--{split}-images", help=f"image folder of --{split}-json")
+
+
+def training_parser(
+    description: str, add_data: Callable[[argparse.ArgumentParser], None] = add_coco_data
+) -> argparse.ArgumentParser:
+    """Return a parser with the arguments of detectron2's train_net, and our own.
+
+    Args:
+        description: what the command does.
+        add_data: adds the arguments that name custom data sets; other tasks have others.
+    """
     parser = command_parser(description)
     add_config_file(parser)
     parser.add_argument(
@@ -129,9 +143,7 @@ def training_parser(description: str) -> argparse.ArgumentParser:
         default=f"tcp://127.0.0.1:{port}",
         help="URL to initialize processes; auto finds a free port (default: %(default)s)",
     )
-    for split in ("train", "test"):
-        parser.add_argument(f"--{split}-json", help=f"custom COCO annotations to {split} on")
-        parser.add_argument(f"--{split}-images", help=f"image folder of --{split}-json")
+    add_data(parser)
     parser.add_argument(
         "--allow-missing",
         action="append",

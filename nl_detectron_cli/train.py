@@ -19,10 +19,18 @@ from nl_detectron_cli.threads import limit_thread_spinning
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
+    from nl_detectron.engine.trainer import StrictTrainer
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the arguments, without slow imports."""
-    parser = training_parser(__doc__)
+    return parse_training(training_parser(__doc__), argv)
+
+
+def parse_training(
+    parser: argparse.ArgumentParser, argv: list[str] | None = None
+) -> argparse.Namespace:
+    """Parse the arguments of a training parser, ``--health-period`` among them."""
     add_integer(
         parser,
         "--health-period",
@@ -42,31 +50,42 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def check(args: argparse.Namespace, cfg: CfgNode) -> None:
     """Check that the weights fit, and for ``--health-period`` that the model has blocks."""
     from nl_detectron.engine.coco.trainer import CocoTrainer
+
+    check_model(CocoTrainer, args, cfg)
+
+
+def check_model(trainer_class: type[StrictTrainer], args: argparse.Namespace, cfg: CfgNode) -> None:
+    """Check the model of a task in the same way."""
     from nl_detectron.non_local import find_blocks
 
-    model = CocoTrainer.dry_run(cfg, args.resume, **load_options(args))
+    model = trainer_class.dry_run(cfg, args.resume, **load_options(args))
     if args.health_period:
         find_blocks(model, "*")
 
 
 def train(args: argparse.Namespace) -> Any:
     """Train or evaluate; runs in every process."""
+    from nl_detectron.engine.coco.trainer import CocoTrainer, setup
+
+    return train_model(CocoTrainer, args, setup(args))
+
+
+def train_model(trainer_class: type[StrictTrainer], args: argparse.Namespace, cfg: CfgNode) -> Any:
+    """Train or evaluate the model of a task."""
     from detectron2.evaluation import verify_results
     from detectron2.utils import comm
 
     from nl_detectron.analysis.health import BlockHealthHook
-    from nl_detectron.engine.coco.trainer import CocoTrainer, setup
 
-    cfg = setup(args)
     if args.eval_only:
-        model = CocoTrainer.build_model(cfg)
-        checkpointer = CocoTrainer.build_checkpointer(cfg, model, **load_options(args))
+        model = trainer_class.build_model(cfg)
+        checkpointer = trainer_class.build_checkpointer(cfg, model, **load_options(args))
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        results = CocoTrainer.test(cfg, model)
+        results = trainer_class.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
-    trainer = CocoTrainer(cfg, **load_options(args))
+    trainer = trainer_class(cfg, **load_options(args))
     if args.health_period:
         trainer.register_hooks([BlockHealthHook(args.health_period, trainer.model)])
     trainer.resume_or_load(resume=args.resume)

@@ -67,6 +67,20 @@ class StrictTrainer(engine.DefaultTrainer):
         )
         return super().build_hooks()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds besides the model.
+
+        detectron2 0.6 forgets the state of the optimizer, without which a resumed training differs
+        from an uninterrupted one.
+        """
+        return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state; that of older checkpoints has no optimizer."""
+        super().load_state_dict(state_dict)
+        if "_trainer" in state_dict:
+            self._trainer.load_state_dict(state_dict["_trainer"])
+
     @classmethod
     def dry_run(cls, cfg: CfgNode, resume: bool, **load_options: Any) -> nn.Module:
         """Build the model and load its weights on the CPU, to find errors before training starts.

@@ -72,8 +72,8 @@ def test_accuracy(evaluator, tmp_path, caplog):
     process(tested, {"forgotten.mp4": (0, [RANKED])})
     tested.reset()
     process(tested, ranked())
-    error = {"file_name": "broken.mp4", "label": 4, "error": "40 of 89 frames"}
-    tested.process([error], [{"error": "40 of 89 frames"}])
+    error = {"file_name": "broken.mp4", "label": 4, "error": "broken.mp4: 40 of 89 frames"}
+    tested.process([error], [{"error": error["error"]}])
     with caplog.at_level(logging.INFO):
         scores = tested.evaluate()["video"]
     thirds = {"top1": 2, "top5": 3, "clip1_top1": 1, "clip1_top5": 2}
@@ -89,7 +89,8 @@ def test_accuracy(evaluator, tmp_path, caplog):
     results = json.loads((folder / "results.json").read_text())
     assert results["metrics"] == scores
     assert results["videos"] == {"total": 4, "scored": 3}
-    assert results["unreadable"] == [{"file_name": "broken.mp4", "error": "40 of 89 frames"}]
+    (unreadable,) = results["unreadable"]
+    assert unreadable == {"file_name": "broken.mp4", "error": "broken.mp4: 40 of 89 frames"}
     assert [(row["videos"], row["top1"]) for row in results["classes"]] == [
         (1, 100.0),
         (0, None),
@@ -142,12 +143,12 @@ def test_too_many_unreadable(broken, refused, evaluator):
     tested = evaluator()
     process(tested, ranked())
     for number in range(broken):
-        error = {"file_name": f"{number}.mp4", "error": "no frames"}
-        tested.process([error], [{"error": "no frames"}])
+        error = {"file_name": f"{number}.mp4", "error": f"{number}.mp4: no frames"}
+        tested.process([error], [{"error": error["error"]}])
     if not refused:
         assert tested.evaluate()
         return
-    with pytest.raises(ValueError, match=r"2 of 5 .* MAX_UNREADABLE allows, 0\.25: .*1\.mp4: no"):
+    with pytest.raises(ValueError, match=r"2 of 5 .*MAX_UNREADABLE allows, 0\.25: .*1\.mp4: no"):
         tested.evaluate()
     tested._videos.clear()
     with pytest.raises(ValueError, match=r"no video of test_evaluation can be read: 0\.mp4"):

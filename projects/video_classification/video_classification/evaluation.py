@@ -65,7 +65,7 @@ class VideoEvaluator(DatasetEvaluator):
 
         Args:
             inputs: of the model.
-            outputs: "scores" (V, K) of each video, or its "error".
+            outputs: "scores" (V, K) of each video, or its "error", which names the file.
 
         Raises:
             ValueError: scores that are not finite.
@@ -233,9 +233,9 @@ def _check_unreadable(
 
 
 def _name_files(unreadable: list[dict[str, str]]) -> str:
-    names = [f"{video['file_name']}: {video['error']}" for video in unreadable[:MAX_NAMED_FILES]]
-    rest = len(unreadable) - len(names)
-    return "; ".join([*names, *[f"and {rest} more"] * bool(rest)])
+    errors = [video["error"] for video in unreadable[:MAX_NAMED_FILES]]
+    rest = len(unreadable) - len(errors)
+    return "; ".join([*errors, *[f"and {rest} more"] * bool(rest)])
 
 
 def _percent(part: int, whole: int) -> float | None:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from .models import VideoClassifier
 
-
 COMBINE = {"mean": lambda scores: scores.mean(0), "max": lambda scores: scores.amax(0)}
 
 
