@@ -120,3 +120,5 @@ def _cpu_worker(rank: int, main: Main, args: argparse.Namespace, processes: int,
     comm.synchronize()
     with suppress_detectron2_warnings():
         main(args)
+    comm.synchronize()  # a process that ends while another still waits for it makes that one fail
+    dist.destroy_process_group()

@@ -8,7 +8,11 @@ import logging
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from detectron2.data import MetadataCatalog
+from detectron2.data.samplers import InferenceSampler
+from detectron2.utils import comm
 from PIL import Image
 from video_classification.confusion import draw_confusion
 from video_classification.evaluation import VideoEvaluator
@@ -135,6 +139,35 @@ def test_mean_average_precision(evaluator, tmp_path, caplog):
     results = (tmp_path / "inference" / "test_evaluation" / "results.json").read_text()
     rows = [(row["class"], row["videos"], row["AP"]) for row in json.loads(results)["classes"]]
     assert rows == [("a", 0, None), ("b", 2, pytest.approx(100 * of_b)), ("c", 1, 100.0)]
+
+
+def evaluate_in_process(rank, store, tested):
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+    comm._LOCAL_PROCESS_GROUP = dist.group.WORLD
+    share = InferenceSampler(len(VIDEOS))  # as detectron2's loader divides them
+    videos = list(ranked().items())
+    process(tested, dict(videos[i] for i in share))
+    if rank == 1:
+        error = {"file_name": "broken.mp4", "label": 4, "error": "broken.mp4: no frames"}
+        tested.process([error], [{"error": error["error"]}])
+    assert (tested.evaluate() is None) == (rank == 1)
+    comm.synchronize()
+    dist.destroy_process_group()
+
+
+def test_two_processes(evaluator, tmp_path):
+    """Every video counts once, and the file is that of one process."""
+    tested, one = evaluator(), evaluator()
+    store, file = tmp_path / "store", tmp_path / "inference" / "test_evaluation" / "results.json"
+    # Forked, as new processes would import PyTorch for seconds.
+    mp.start_processes(evaluate_in_process, (store, tested), 2, start_method="fork")
+    two = json.loads(file.read_text())
+    process(one, ranked())
+    error = {"file_name": "broken.mp4", "label": 4, "error": "broken.mp4: no frames"}
+    one.process([error], [{"error": error["error"]}])
+    one.evaluate()
+    assert json.loads(file.read_text()) == two
+    assert two["videos"] == {"total": 4, "scored": 3}
 
 
 @pytest.mark.parametrize(("broken", "refused"), [(1, False), (2, True)])

@@ -77,9 +77,11 @@ class VideoTrainer(StrictTrainer):
             return maybe_add_gradient_clipping(cfg, torch.optim.SGD)(groups, **options)
         optimizer = torch.optim.SGD(groups, **options)
         parameters = [parameter for group in groups for parameter in group["params"]]
-        optimizer.register_step_pre_hook(
-            lambda *_: nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, clip.NORM_TYPE)
-        )
+
+        def clip_gradients(*_: Any) -> None:
+            nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, clip.NORM_TYPE)
+
+        optimizer.register_step_pre_hook(clip_gradients)
         return optimizer
 
     @classmethod

@@ -134,7 +134,8 @@ class TrainLoader:
         # Workers take turns, so a round of theirs has to be begun where they began it before.
         done_in_round = self.start % max(1, self.num_workers)
         self._order.start = (self.start - done_in_round) * self._batch_size
-        batches = iter(self._loader)
+        with torch.random.fork_rng(devices=[]):  # dropout's random numbers stay as they were
+            batches = iter(self._loader)
         for number in itertools.count():
             try:
                 batch = next(batches)
