@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from video_classification.config import default_video_config
+from video_classification.data import VideoMapper
 from video_classification.models import TemporalShift
 
 from nl_detectron.config import load_config
@@ -164,6 +166,54 @@ def test_lazy_config_is_the_same_model(leaf):
     assert lazy.head.pool_size == yaml.head.pool_size == windows[leaf.split("_")[0]]
     assert config.head.get("init_std", 0.01) == cfg.VIDEO.HEAD.INIT_STD
     assert (config.pixel_mean, config.pixel_std) == (cfg.PIXEL_MEAN, cfg.PIXEL_STD)
+
+
+# From the paper and the released code: frames and stride of a clip; batch, learning rate, and steps
+# and iterations in thousands; precise batch norm
+TRAINING = {
+    "32x2": (32, 2, 64, 0.01, (150, 300), 400, True),
+    "128x1": (128, 1, 16, 0.0025, (150, 300), 400, False),
+    "8x8": (
+        8,
+        8,
+        128,
+        0.02,
+        (75, 150),
+        187.5,
+        False,
+    ),  # TSM: 40, 80 and 100 epochs of 240,000 / 128
+    "Charades": (128, 1, 8, 0.00125, (75, 150), 200, False),
+}
+# Frames for training, crop; for testing; starts of clips, and how views are combined
+SIZES = {
+    "Kinetics": ((256, 320), 224, 256, 256, "released", "mean"),
+    "Charades": ((329, 411), 288, 320, 320, "charades", "max"),  # 256, 320 x 288 / 224
+}
+
+
+@pytest.mark.parametrize("leaf", [*ROWS, *NO_ROWS])
+def test_training_and_testing(leaf):
+    folder, name = leaf.split("/")
+    cfg = load(leaf)
+    clip, solver, views = cfg.INPUT.CLIP, cfg.SOLVER, cfg.TEST.VIEWS
+    found = (
+        *(clip.NUM_FRAMES, clip.STRIDE, solver.IMS_PER_BATCH, solver.BASE_LR),
+        *(tuple(step / 1000 for step in solver.STEPS), solver.MAX_ITER / 1000),
+        cfg.TEST.PRECISE_BN.ENABLED,
+    )
+    assert found == TRAINING[folder if folder == "Charades" else name.rsplit("_", 1)[1]]
+    sizes, crop, short, test_crop, starts, combine = SIZES[folder]
+    assert (cfg.INPUT.MIN_SIZE_TRAIN, tuple(cfg.INPUT.CROP.SIZE)) == (sizes, (crop, crop))
+    assert (cfg.INPUT.MIN_SIZE_TEST, views.CROP_SIZE, views.COMBINE) == (short, test_crop, combine)
+    assert (views.NUM_CLIPS, views.NUM_CROPS) == (10, 3)
+    assert views.STARTS == ("tsm" if "tsm" in leaf else starts)
+    same = (solver.MOMENTUM, solver.WEIGHT_DECAY, solver.WEIGHT_DECAY_NORM, solver.WARMUP_ITERS)
+    assert same == (0.9, 1e-4, 0.0, 0)
+    assert solver.NESTEROV == ("tsm" not in leaf)
+    # Whatever the loaders refuse, they refuse here.
+    VideoMapper(cfg, is_train=True)
+    VideoMapper(cfg, is_train=False)
+    assert {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST} <= set(DatasetCatalog.list())
 
 
 # Millions of parameters; of convolutions and linear layers alone; and for one clip of 32 frames of
