@@ -1,14 +1,17 @@
-"""A trained model in use: what it sees in one place of a video.
+"""A trained model in use: classify videos and parts of them, or look at the model with a clip.
 
-Shapes: T H W frames, height and width of a clip.
+Shapes: V views and K classes of a video, C channels, T frames of a clip.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
@@ -18,10 +21,27 @@ from nl_detectron.engine.predictor import Sample, load_weights, model_errors
 from .data.decode import VideoReader
 from .data.mapper import VideoMapper
 from .data.transforms import resize
+from .views import MultiViewClassifier, combine_views
+from .windows import Window, sliding_windows
+
+
+class Prediction(NamedTuple):
+    """What a model finds in a video, or in a window of it.
+
+    Attributes:
+        scores: (K,) probabilities, those of the views combined as in the evaluation.
+        features: (V, C) what the linear layer of the head gets from each view; from larger crops,
+            the mean over its positions (``MODEL.VIDEO.HEAD.POOL_SIZE``).
+        seconds: (V, 2) from the first to the last frame of each view.
+    """
+
+    scores: np.ndarray
+    features: np.ndarray
+    seconds: np.ndarray
 
 
 class VideoPredictor:
-    """A model with all of its weights, for inference."""
+    """A model with all of its weights, which classifies videos as the evaluation does."""
 
     open = Videos  # finds the videos that a user names
 
@@ -40,6 +60,43 @@ class VideoPredictor:
         with model_errors():
             self.model: Any = build_model(cfg).eval()
         load_weights(self.model, cfg.MODEL.WEIGHTS if weights is None else weights)
+        self._classifier = MultiViewClassifier(self.model, cfg.TEST.VIEWS.BATCH_SIZE)
+
+    def __call__(self, path: Path) -> Prediction:
+        """Classify a video on the views of ``TEST.VIEWS``.
+
+        Raises:
+            UnreadableVideo: the video cannot be read.
+        """
+        return self._predict(VideoReader(path))
+
+    def windows(
+        self, frames: Iterable[tuple[float, np.ndarray]], length: float, step: float
+    ) -> Iterator[tuple[float, float, Prediction]]:
+        """Classify a stream, however long, in windows, each as a video of its own.
+
+        Args:
+            frames: seconds and image, (H, W, 3) in RGB, of each.
+            length: of a window, in seconds, see :func:`sliding_windows`.
+            step: from the start of a window to that of the next.
+
+        Yields:
+            Start and end of each window in seconds, and what is found in it.
+        """
+        small = ((t, resize(image, self.cfg.INPUT.MIN_SIZE_TEST)) for t, image in frames)
+        for window in sliding_windows(small, length, step):
+            yield window.start, window.end, self._predict(window)
+
+    def _predict(self, video: VideoReader | Window) -> Prediction:
+        views, inputs = self.mapper.views(video, {}), []
+        with self.model.head.linear.register_forward_pre_hook(lambda _, x: inputs.append(x[0])):
+            (output,) = self._classifier([views])
+        clips = np.repeat(views["frames"].numpy(), len(views["crops"]), axis=0)
+        return Prediction(
+            combine_views(output["scores"].float().cpu(), self.cfg.TEST.VIEWS.COMBINE).numpy(),
+            torch.cat(inputs).mean(1).float().cpu().numpy(),
+            np.stack([video.times[clips.min(1)], video.times[clips.max(1)]], axis=1),
+        )
 
     def sample(self, path: Path, frame: int | None = None) -> Sample:
         """Read the clip around a frame, at the size of the evaluation, but uncropped.

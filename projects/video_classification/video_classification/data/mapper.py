@@ -94,7 +94,8 @@ class VideoMapper:
         if self.is_train:
             return result | self._random_clip(record, rng)
         try:
-            return result | self._all_views(record)
+            video = open_video(record["file_name"], self._cache_size)
+            return result | self.views(video, record)
         except UnreadableVideo as error:
             return result | {"error": str(error)}
 
@@ -114,8 +115,16 @@ class VideoMapper:
             result["label"] = _label(record["actions"], video.times[numbers])
         return result
 
-    def _all_views(self, record: Record) -> dict[str, Any]:
-        video = open_video(record["file_name"], self._cache_size)
+    def views(self, video: VideoReader, record: Record) -> dict[str, Any]:
+        """Decode the views for a test: "video", "clips", "frames" and "crops", as above.
+
+        Args:
+            video: it, or another object that has its ``times`` and ``read``.
+            record: its "start" and "end", if it has any.
+
+        Raises:
+            UnreadableVideo: the video cannot be decoded.
+        """
         first, count = _frame_range(video, record)
         starts, num_clips = self._views
         frames = first + sampling.test_clips(starts, count, *self._clip, num_clips)
