@@ -53,7 +53,8 @@ class _FrameSource:
     def skip(self, name: str, error: Exception) -> None:
         """Count a frame as skipped, and print its name and the error."""
         kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
-        tqdm.write(f"skipped {self._path / name}: {kind}{error}", file=sys.stderr)
+        reason = str(error).removeprefix(f"{self._path / name}: ")
+        tqdm.write(f"skipped {self._path / name}: {kind}{reason}", file=sys.stderr)
         self.skipped += 1
 
 

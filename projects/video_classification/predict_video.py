@@ -118,6 +118,10 @@ def main(argv: list[str] | None = None) -> None:
         cfg = load_config(args.config_file, args.opts, default_video_config)
         names = class_names(cfg, args)
         videos = Video(args.input) if is_webcam(args.input) else Videos(Path(args.input))
+        source = Path(args.input)
+        folder = source if source.is_dir() else source.parent
+        if args.window and args.output and args.output.resolve() == folder.resolve():
+            raise ValueError(f"--output {args.output} would overwrite the input")
         for folder in (args.output, *(file.parent for file in (args.json, args.features) if file)):
             if folder:
                 make_output_folder(folder)
@@ -161,9 +165,10 @@ def classify_file(
     top = results.add(str(file), found)
     show(file.name, top)
     if args.output:
-        shown = np.linspace(0, video.num_frames - 1, 4).round().astype(int)
-        title = f"{file.name}, {video.num_frames / video.fps:.1f} s, {len(found.features)} views"
-        figure = draw_strip(video.read(shown), video.times[shown], top, title)
+        seen = np.unique(found.frames)
+        shown = seen[np.linspace(0, len(seen) - 1, 4).round().astype(int)]
+        title = f"{file.name}, {video.times[-1]:.1f} s, views: {len(found.features)}"
+        figure = draw_strip(list(video.read(shown)), video.times[shown], top, title)
         figure.savefig(args.output / f"{stem}.png")
 
 

@@ -15,7 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 Top = Sequence[tuple[str, float]]
 
-WIDTH, BARS_WIDTH, GAP, MARGIN, TITLE = 6.75, 1.9, 0.04, 0.06, 0.2  # inches: two columns of a paper
+# inches; a figure is as wide as two columns of a paper
+WIDTH, BARS_WIDTH, GAP, MARGIN, TITLE, LINE = 6.75, 1.9, 0.04, 0.06, 0.14, 0.19
 FONT_SIZE, DPI = 7, 300
 MAX_NAME = 24  # characters; longer names of classes are cut off
 BAR = "#3572b0"
@@ -37,7 +38,7 @@ def draw_strip(
     room = WIDTH - BARS_WIDTH - 2 * MARGIN - GAP * len(frames)
     frame_width = room / len(frames)
     frame_height = frame_width * height / width
-    row = max(frame_height, 0.17 * len(top))
+    row = max(frame_height, LINE * len(top))
     total = row + TITLE + 2 * MARGIN
     figure = Figure(figsize=(WIDTH, total), dpi=DPI)
     figure.text(
@@ -63,14 +64,16 @@ def draw_strip(
             bbox={"boxstyle": "square,pad=0.15", "color": "black", "alpha": 0.5, "lw": 0},
         )
     left = WIDTH - MARGIN - BARS_WIDTH
-    bars = figure.add_axes((left / WIDTH, MARGIN / total, BARS_WIDTH / WIDTH, row / total))
-    bars.set(xlim=(0, 1), ylim=(len(top) - 0.5, -0.5))
+    height = LINE * len(top)
+    bottom = MARGIN + (row - height) / 2
+    bars = figure.add_axes((left / WIDTH, bottom / total, BARS_WIDTH / WIDTH, height / total))
+    bars.set(xlim=(0, 1), ylim=(len(top), 0))
     bars.set_axis_off()
     for i, (name, score) in enumerate(top):
-        bars.barh(i + 0.28, score, height=0.3, color=BAR, align="center")
-        bars.barh(i + 0.28, 1, height=0.3, color=BAR, alpha=0.15, align="center")
-        bars.text(0, i + 0.05, _shorten(name), va="bottom", fontsize=FONT_SIZE, parse_math=False)
-        bars.text(1, i + 0.05, f"{score:.1%}", va="bottom", ha="right", fontsize=FONT_SIZE)
+        bars.barh(i + 0.8, score, height=0.3, color=BAR)
+        bars.barh(i + 0.8, 1, height=0.3, color=BAR, alpha=0.15)
+        bars.text(0, i + 0.58, _shorten(name), fontsize=FONT_SIZE, parse_math=False)
+        bars.text(1, i + 0.58, f"{score:.1%}", ha="right", fontsize=FONT_SIZE)
     return figure
 
 

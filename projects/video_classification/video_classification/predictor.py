@@ -32,12 +32,14 @@ class Prediction(NamedTuple):
         scores: (K,) probabilities, those of the views combined as in the evaluation.
         features: (V, C) what the linear layer of the head gets from each view; from larger crops,
             the mean over its positions (``MODEL.VIDEO.HEAD.POOL_SIZE``).
-        seconds: (V, 2) from the first to the last frame of each view.
+        frames: (V, T) numbers of the frames of each view.
+        times: (V, T) seconds of these frames.
     """
 
     scores: np.ndarray
     features: np.ndarray
-    seconds: np.ndarray
+    frames: np.ndarray
+    times: np.ndarray
 
 
 class VideoPredictor:
@@ -57,6 +59,7 @@ class VideoPredictor:
         """
         self.cfg = cfg
         self.mapper = VideoMapper(cfg, is_train=False)
+        combine_views(torch.zeros(1, 1), cfg.TEST.VIEWS.COMBINE)  # raises for an unknown value
         with model_errors():
             self.model: Any = build_model(cfg).eval()
         load_weights(self.model, cfg.MODEL.WEIGHTS if weights is None else weights)
@@ -91,11 +94,12 @@ class VideoPredictor:
         views, inputs = self.mapper.views(video, {}), []
         with self.model.head.linear.register_forward_pre_hook(lambda _, x: inputs.append(x[0])):
             (output,) = self._classifier([views])
-        clips = np.repeat(views["frames"].numpy(), len(views["crops"]), axis=0)
+        frames = np.repeat(views["frames"].numpy(), len(views["crops"]), axis=0)
         return Prediction(
             combine_views(output["scores"].float().cpu(), self.cfg.TEST.VIEWS.COMBINE).numpy(),
             torch.cat(inputs).mean(1).float().cpu().numpy(),
-            np.stack([video.times[clips.min(1)], video.times[clips.max(1)]], axis=1),
+            frames,
+            video.times[frames],
         )
 
     def sample(self, path: Path, frame: int | None = None) -> Sample:

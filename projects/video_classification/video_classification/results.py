@@ -22,7 +22,8 @@ class Results:
     "end" and "top5". A video that cannot be read has an "error", and the windows before it.
 
     The features have a row for each view of a video, or for each window, the mean of its views:
-    "features" (N, C), "file_names" (N,), and "seconds" (N, 2), where it begins and ends.
+    "features" (N, C), "file_names" (N,), and "seconds" (N, 2), its first and last frame, or start
+    and end of the window.
     """
 
     def __init__(self, classes: Sequence[str], json_file: Path | None, features_file: Path | None):
@@ -43,7 +44,8 @@ class Results:
         (best,) = top_classes(found.scores[None], 5)
         top = [(self.classes[k], float(found.scores[k])) for k in best]
         entry: dict[str, Any] = {"top5": [{"class": c, "score": score} for c, score in top]}
-        features, seconds = found.features, found.seconds
+        features = found.features
+        seconds = np.stack([found.times.min(1), found.times.max(1)], axis=1)
         if span is None:
             self._videos.setdefault(name, {}).update(entry)
         else:
@@ -69,6 +71,9 @@ class Results:
             text = json.dumps({"videos": videos}, indent=1, ensure_ascii=False)
             self._json_file.write_text(text, encoding="utf-8")
         if self._features_file:
-            arrays = {"features": self._features, "seconds": self._seconds}
-            together = {k: np.concatenate(v) if v else np.zeros((0, 0)) for k, v in arrays.items()}
-            np.savez(self._features_file, **together, file_names=np.array(self._names))
+            features, seconds = (
+                np.concatenate(rows) if rows else np.zeros((0, 0))
+                for rows in (self._features, self._seconds)
+            )
+            names = np.array(self._names)
+            np.savez(self._features_file, features=features, seconds=seconds, file_names=names)

@@ -115,11 +115,11 @@ class VideoMapper:
             result["label"] = _label(record["actions"], video.times[numbers])
         return result
 
-    def views(self, video: VideoReader, record: Record) -> dict[str, Any]:
+    def views(self, video: Any, record: Record) -> dict[str, Any]:
         """Decode the views for a test: "video", "clips", "frames" and "crops", as above.
 
         Args:
-            video: it, or another object that has its ``times`` and ``read``.
+            video: a :class:`VideoReader`, or what has ``times`` and ``read`` as it does.
             record: its "start" and "end", if it has any.
 
         Raises:
