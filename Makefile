@@ -1,4 +1,5 @@
 # make demo         train the long-range demo and print its results
+# make video        train the video demo: what C2D, I3D, TSM and non-local networks can see
 # make test         lint, types and the fast tests
 # make test-slow    the tests marked slow
 # make peers        compare with mmcv, pytorchvideo and timm, installed in build/peers
@@ -23,10 +24,13 @@ RUN = $(VENV)/bin/python
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 READY = $(VENV)/.nl_detectron_ready
 
-.PHONY: demo test test-slow peers lint env clean
+.PHONY: demo video test test-slow peers lint env clean
 
 demo: env
 	$(RUN) projects/long_range/demo.py
+
+video: env
+	$(RUN) projects/video_classification/demo.py
 
 test: lint
 	$(RUN) -m pytest

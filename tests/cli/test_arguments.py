@@ -12,7 +12,7 @@ from nl_detectron_cli import COMMANDS
 from nl_detectron_cli.arguments import training_parser
 from tests.running import ROOT
 
-SCRIPTS = [*sorted((ROOT / "tools").glob("*.py")), ROOT / "projects/long_range/demo.py"]
+SCRIPTS = [*sorted((ROOT / "tools").glob("*.py")), *sorted(ROOT.glob("projects/*/demo.py"))]
 
 
 @pytest.mark.parametrize(

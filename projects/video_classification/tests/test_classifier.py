@@ -1,4 +1,4 @@
-"""The meta-architecture: what goes in and out, its losses, its keys; what the models can see."""
+"""The meta-architecture: what goes in and out, its losses, its keys."""
 
 from __future__ import annotations
 
@@ -160,53 +160,3 @@ def test_new_blocks_change_no_bit(norm, video_cfg, randomize):
     assert all(".non_local" in name for name in missing)
     assert list(find_blocks(ours)) == ["backbone.res2.non_local0", "backbone.res4.non_local0"]
     assert torch.equal(ours(CLIPS), stock(CLIPS))
-
-
-# Convolutions see 21 x 21 pixels, those over time 9 frames (I3D) or 7 (TSM). Two squares that
-# nothing sees together add up in the logits, whatever the weights; and without convolutions over
-# time, shifts or strides, the mean over frames forgets their order.
-# model: keys of its config, and whether it sees both squares near, far in space, in time, in both;
-# and the order of frames
-_NL = {"BACKBONE.NAME": "build_non_local_resnet3d_backbone"}
-_I3D = {"VIDEO.INFLATE": "3x1x1", "VIDEO.STEM_KERNEL": (3, 5, 5)}
-SEES = {
-    "C2D": ({}, (1, 0, 0, 0, 0)),
-    "I3D": (_I3D, (1, 0, 0, 0, 1)),
-    "TSM": ({"VIDEO.SHIFT.DIRECTION": "bidirectional"}, (1, 0, 0, 0, 1)),
-    "NL space": ({**_NL, "NON_LOCAL.AXES": "space"}, (1, 1, 0, 0, 0)),
-    "NL time": ({**_NL, "NON_LOCAL.AXES": "time", "NON_LOCAL.SUBSAMPLE": 1}, (1, 0, 1, 0, 0)),
-    "NL spacetime": (_NL, (1, 1, 1, 1, 0)),
-    "NL in groups": ({**_NL, "NON_LOCAL.GROUP_FRAMES": 7}, (1, 1, 0, 0, 0)),
-    "NL I3D": ({**_NL, **_I3D}, (1, 1, 1, 1, 1)),
-}
-# first frame, row and column of the second square, which is there for 2 frames, 8 x 8 pixels
-SECOND = {"near": (1, 20, 12), "space": (1, 20, 38), "time": (12, 20, 2), "both": (12, 20, 38)}
-
-
-@pytest.mark.parametrize("name", SEES)
-def test_what_a_model_can_see(name, video_cfg, randomize):
-    options, expected = SEES[name]
-    video_cfg.MODEL.VIDEO.NUM_BLOCKS, video_cfg.MODEL.RESNETS.OUT_FEATURES = (1, 1, 1), ["res4"]
-    video_cfg.MODEL.VIDEO.STEM_KERNEL, video_cfg.MODEL.VIDEO.POOLING = (1, 5, 5), "none"
-    video_cfg.MODEL.NON_LOCAL.AFTER_BLOCKS = CfgNode(
-        {"RES2": (), "RES3": (-1,), "RES4": (), "RES5": ()}
-    )
-    for key, value in options.items():
-        video_cfg.merge_from_list([f"MODEL.{key}", value])
-    model = randomize(build_model(video_cfg)).double().eval()
-    empty = 127 + 20 * torch.randn(1, 3, 14, 48, 48).double()
-
-    def logits(*squares):
-        clip = empty.clone()
-        for color, (t, row, column) in enumerate(squares):
-            clip[0, color, t : t + 2, row : row + 8, column : column + 8] += 400 - 200 * color
-        return model(clip)[0]
-
-    first, sees = (1, 20, 2), []
-    for second in SECOND.values():
-        both, none = logits(first, second), logits()
-        together = both - logits(first) - logits((0, 0, 0), second) + logits((0, 0, 0))
-        sees.append((together.norm() / (both - none).norm()).item())
-    sees.append(((model(empty) - model(empty.flip(2))).norm() / model(empty).norm()).item())
-    for number, seen in zip(sees, expected):
-        assert (number > 1e-5) if seen else (number < 1e-11), sees
