@@ -142,9 +142,9 @@ def main(argv: list[str] | None = None) -> None:
         except KeyboardInterrupt:
             stopped = True
     if isinstance(videos, Videos):
-        print_summary(args.input, done, videos.skipped, "video")
         if stopped:
-            raise SystemExit("stopped before the end; the results so far are kept")
+            raise SystemExit(f"stopped after {done} videos; the results so far are kept")
+        print_summary(args.input, done, videos.skipped, "video")
 
 
 def classify_file(

@@ -69,7 +69,11 @@ def sliding_windows(
 
 
 def camera_frames(camera: Video) -> Iterator[tuple[float, np.ndarray]]:
-    """Yield the seconds since the first frame, by the clock, and the frame, (H, W, 3), RGB."""
+    """Yield the seconds since the first frame, by the clock, and the frame, (H, W, 3), RGB.
+
+    Frames that come while a window is being classified are lost, except for those that the camera's
+    driver keeps.
+    """
     begin = None
     for frame in camera:
         now = time.monotonic()
