@@ -3,7 +3,7 @@
 The config must have blocks. Both models start from the same weights, are trained on the same images
 in the same order (SEED, or 0 if the config has none), and are evaluated. The arguments are those of
 `nl-detectron train`. OUTPUT_DIR receives the output of both trainings, in stock/ and non_local/,
-and the comparison: losses.png, and all losses and APs in ab.json.
+and the comparison: losses.png, and all losses and scores in ab.json.
 
     nl-detectron ab --config-file quick_schedules/mask_rcnn_R_18_NL_FPN_overfit.yaml \\
         --train-json train.json --train-images train/ --test-json val.json --test-images val/ \\
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,14 +25,21 @@ from nl_detectron_cli.threads import limit_thread_spinning
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
-    from nl_detectron.engine.ablation import TrainingResult
+    from nl_detectron.engine.ablation import PairedTrainer, TrainingResult
+    from nl_detectron.engine.trainer import StrictTrainer
 
 logger = logging.getLogger("nl_detectron.ab")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the arguments of a training, and reject two that do not apply."""
-    parser = training_parser(__doc__)
+    return parse_comparison(training_parser(__doc__), argv)
+
+
+def parse_comparison(
+    parser: argparse.ArgumentParser, argv: list[str] | None = None
+) -> argparse.Namespace:
+    """Parse the arguments of a training parser in the same way."""
     args = parser.parse_args(argv)
     if args.resume or args.eval_only:
         parser.error(
@@ -42,29 +50,44 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace, cfg: CfgNode) -> None:
     """Check that the config has blocks, and that the weights fit both models."""
-    from nl_detectron.config import without_blocks
     from nl_detectron.engine.coco.trainer import CocoTrainer
+
+    check_models(CocoTrainer, args, cfg)
+
+
+def check_models(
+    trainer_class: type[StrictTrainer], args: argparse.Namespace, cfg: CfgNode
+) -> None:
+    """Check the models of a task in the same way."""
+    from nl_detectron.config import without_blocks
     from nl_detectron.non_local import find_blocks
 
     options = load_options(args)
-    if not find_blocks(CocoTrainer.dry_run(cfg, resume=False, **options)):
+    if not find_blocks(trainer_class.dry_run(cfg, resume=False, **options)):
         raise ValueError(
             f"{args.config_file} has no blocks to compare without: MODEL.BACKBONE.NAME is "
             f"{cfg.MODEL.BACKBONE.NAME}, MODEL.ROI_KEYPOINT_HEAD.NAME is "
             f"{cfg.MODEL.ROI_KEYPOINT_HEAD.NAME}"
         )
-    CocoTrainer.dry_run(without_blocks(cfg), resume=False, **options)
+    trainer_class.dry_run(without_blocks(cfg), resume=False, **options)
 
 
 def compare(args: argparse.Namespace) -> None:
     """Train and compare both models; runs in every process."""
+    from nl_detectron.engine.coco.trainer import PairedCocoTrainer, setup
+
+    compare_models(PairedCocoTrainer, args, setup(args))
+
+
+def compare_models(
+    trainer_class: type[PairedTrainer], args: argparse.Namespace, cfg: CfgNode
+) -> None:
+    """Train and compare the models of a task."""
     from detectron2.utils import comm
 
     from nl_detectron.config import without_blocks
     from nl_detectron.engine.ablation import VARIANTS, train_and_evaluate
-    from nl_detectron.engine.coco.trainer import PairedCocoTrainer, setup
 
-    cfg = setup(args)
     runs = {}
     for number, (variant, label) in enumerate(VARIANTS.items(), start=1):
         logger.info("Training %d of %d: %s", number, len(VARIANTS), label)
@@ -72,23 +95,20 @@ def compare(args: argparse.Namespace) -> None:
         variant_cfg.defrost()
         variant_cfg.SEED = max(cfg.SEED, 0)
         variant_cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR) / variant)
-        runs[variant] = train_and_evaluate(variant_cfg, PairedCocoTrainer, **load_options(args))
+        runs[variant] = train_and_evaluate(variant_cfg, trainer_class, **load_options(args))
     if comm.is_main_process():
-        write_report(runs, Path(cfg.OUTPUT_DIR))
+        write_report(runs, Path(cfg.OUTPUT_DIR), trainer_class.metrics)
 
 
-def write_report(runs: dict[str, TrainingResult], output: Path) -> None:
+def write_report(runs: dict[str, TrainingResult], output: Path, metrics: Mapping[str, str]) -> None:
     """Write and print the comparison."""
     from nl_detectron.engine.ablation import VARIANTS, draw_losses, score_table
-    from nl_detectron.engine.coco.trainer import CocoTrainer
 
-    aps = {
-        variant: {name.removesuffix("/AP"): ap for name, ap in run.scores.items()}
-        for variant, run in runs.items()
-    }
-    aps["difference"] = {task: aps["non_local"][task] - ap for task, ap in aps["stock"].items()}
+    scores = {variant: run.scores for variant, run in runs.items()}
+    gains = {name: scores["non_local"][name] - score for name, score in scores["stock"].items()}
     losses = {variant: run.losses for variant, run in runs.items()}
-    (output / "ab.json").write_text(json.dumps({"ap": aps, "losses": losses}))
+    report = {"scores": {**scores, "difference": gains}, "losses": losses}
+    (output / "ab.json").write_text(json.dumps(report))
     draw_losses(
         output / "losses.png",
         {VARIANTS[variant]: curves["total_loss"] for variant, curves in losses.items()},
@@ -103,9 +123,9 @@ def write_report(runs: dict[str, TrainingResult], output: Path) -> None:
             f"{first['total_loss']} and {other['total_loss']}, not equal: this device is not "
             "deterministic"
         )
-    if aps["stock"]:
-        scores = {VARIANTS[variant]: run.scores for variant, run in runs.items()}
-        print("\n" + score_table(scores, CocoTrainer.metrics))
+    if gains:
+        labelled = {VARIANTS[variant]: score for variant, score in scores.items()}
+        print("\n" + score_table(labelled, metrics))
     print(f"\n{output / 'losses.png'}\n{output / 'ab.json'}")
 
 

@@ -131,7 +131,7 @@ class StrictCheckpointer(DetectionCheckpointer):
 
         prefixes = (self.backbone_prefix, "pixel_")
         beyond_backbone = {name for name in names if not name.startswith(prefixes)}
-        backbone_only = bool(beyond_backbone) and beyond_backbone <= missing
+        backbone_only = bool(beyond_backbone) and beyond_backbone <= missing - incorrect_shapes
         if backbone_only and not self.complete:
             unexplained -= beyond_backbone
             self.logger.info("The checkpoint holds only a backbone; the rest starts from scratch.")

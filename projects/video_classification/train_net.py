@@ -35,16 +35,17 @@ def add_video_data(parser: argparse.ArgumentParser) -> None:
         help="names of the classes, one on each line (default: those stored with the model, or "
         "those of --train-data)",
     )
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = training_parser(__doc__, add_video_data)
     parser.add_argument(
         "--benchmark-loader",
         type=float,
         metavar="SECONDS",
         help="only measure for so long how fast clips are read for training",
     )
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    return parse_training(training_parser(__doc__, add_video_data), argv)
+    return parse_training(parser, argv)
 
 
 def check(args: argparse.Namespace, cfg: CfgNode) -> None:

@@ -46,15 +46,17 @@ def test_trains_and_compares_both(custom_data, tmp_path):
     table = [line.split() for line in done.stdout.splitlines()[-7:-3]]
     assert table[0] == ["box", "AP", "mask", "AP"]
     for row, label in zip(table[1:], ("stock", "non_local", "difference")):
-        ap = numbers["ap"][label]
+        ap = numbers["scores"][label]
         assert row[0] == label.replace("_", "-")
-        assert [float(x) for x in row[1:]] == pytest.approx([ap["bbox"], ap["segm"]], abs=0.051)
+        assert [float(x) for x in row[1:]] == pytest.approx(
+            [ap["bbox/AP"], ap["segm/AP"]], abs=0.051
+        )
 
     assert (tmp_path / "losses.png").stat().st_size > 10_000
     for name, builder in (("stock", "build_resnet"), ("non_local", "build_non_local_resnet")):
-        for task, ap in numbers["ap"][name].items():
+        for score, ap in numbers["scores"][name].items():
             found = tmp_path / name / "inference" / "coco_instances_results.json"
-            assert ap == pytest.approx(coco_ap(custom_data, found, task), abs=1e-6)
+            assert ap == pytest.approx(coco_ap(custom_data, found, score.split("/")[0]), abs=1e-6)
         weights = torch.load(tmp_path / name / "model_final.pth", weights_only=True)["model"]
         assert any(".non_local" in key for key in weights) == (name == "non_local")
         config = (tmp_path / name / "config.yaml").read_text()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import ab
 import numpy as np
 import pytest
 import torch
@@ -22,14 +23,13 @@ from video_classification.accumulation import accumulated_step
 from video_classification.config import default_video_config
 from video_classification.data import write_video
 from video_classification.trainer import (
-    PairedVideoTrainer,
     VideoTrainer,
     read_config,
     warn_of_small_batches,
 )
 
-from nl_detectron.config import load_config, without_blocks
-from nl_detectron.engine.ablation import score_table, train_and_evaluate
+from nl_detectron.config import load_config
+from nl_detectron.engine.ablation import score_table
 from tests.running import ROOT, metrics, words
 
 PROJECT = ROOT / "projects" / "video_classification"
@@ -270,21 +270,24 @@ def test_few_clips(cfg, caplog):
     assert not caplog.text
 
 
-def test_with_and_without_blocks(cfg, tmp_path):
+def test_with_and_without_blocks(videos, tmp_path, capsys):
     """Same weights, clips and dropout: the losses are equal until the blocks have learned."""
-    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.VIDEO.HEAD.DROPOUT = "build_non_local_resnet3d_backbone", 0.5
-    cfg.MODEL.NON_LOCAL.AFTER_BLOCKS.RES3, cfg.MODEL.NON_LOCAL.AFTER_BLOCKS.RES4 = (0,), ()
-    cfg.SOLVER.MAX_ITER, cfg.DATALOADER.MAX_UNREADABLE = 3, 0.2
-    runs = {}
-    for name, variant in (("stock", without_blocks(cfg)), ("non-local", cfg.clone())):
-        variant.OUTPUT_DIR = str(tmp_path / name)
-        runs[name] = train_and_evaluate(variant, PairedVideoTrainer)
-    losses = [run.losses["total_loss"] for run in runs.values()]
+    options = """MODEL.BACKBONE.NAME build_non_local_resnet3d_backbone SOLVER.MAX_ITER 3
+        MODEL.NON_LOCAL.AFTER_BLOCKS.RES3 (0,) MODEL.NON_LOCAL.AFTER_BLOCKS.RES4 ()
+        DATALOADER.MAX_UNREADABLE 0.2"""
+    flags = f"{data(videos, 'train', 'test')} OUTPUT_DIR {tmp_path}"
+    ab.main(arguments(flags) + options.split())
+    report = json.loads((tmp_path / "ab.json").read_text())
+    losses = [report["losses"][variant]["total_loss"] for variant in ("stock", "non_local")]
     assert losses[0][0] == losses[1][0]
     assert losses[0][1:] != losses[1][1:]
-    table = score_table({name: run.scores for name, run in runs.items()}, VideoTrainer.metrics)
-    assert table.split()[:2] == ["top-1", "stock"]
-    assert "mAP" in score_table({"stock": {"video/mAP": 5.0}}, VideoTrainer.metrics)
+    scores = report["scores"]
+    gain = scores["non_local"]["video/top1"] - scores["stock"]["video/top1"]
+    assert scores["difference"] == {"video/top1": gain}
+    assert capsys.readouterr().out.splitlines()[-7].split() == ["top-1"]
+    assert score_table({"stock": {"video/mAP": 5.0}}, VideoTrainer.metrics).split()[0] == "mAP"
+    with pytest.raises(SystemExit, match="has no blocks to compare"):
+        ab.main(arguments(flags))
 
 
 def test_schedule_and_loader_are_printed(videos, tmp_path, capsys):
@@ -330,6 +333,22 @@ def test_wrong_input(flags, options, message, videos, tmp_path, monkeypatch):
     (videos / "classes.txt").write_text("red\nblue\n")
     with pytest.raises(SystemExit, match=message):
         train_net.main(arguments(flags.format(videos), "OUTPUT_DIR", tmp_path) + options.split())
+
+
+def test_weights_for_other_classes(cfg, tmp_path):
+    """The head starts anew only if it is named; with the backbone alone it always does."""
+    cfg.MODEL.VIDEO.HEAD.NUM_CLASSES = 5
+    state = build_model(cfg).state_dict()
+    cfg.MODEL.VIDEO.HEAD.NUM_CLASSES, cfg.MODEL.WEIGHTS = 3, str(tmp_path / "model.pth")
+    torch.save({"model": state}, cfg.MODEL.WEIGHTS)
+    with pytest.raises(ValueError, match=r"head\.linear\.bias.*--allow-missing"):
+        VideoTrainer.dry_run(cfg, False)
+    for options in ({"allow_missing": ["head"]}, {}):
+        model = VideoTrainer.dry_run(cfg, False, **options)
+        name = "backbone.stem.conv1.weight"
+        assert torch.equal(model.state_dict()[name], state[name])
+        backbone = {name: tensor for name, tensor in state.items() if "head" not in name}
+        torch.save({"model": backbone}, cfg.MODEL.WEIGHTS)
 
 
 def test_classes_are_the_models(videos, tmp_path):

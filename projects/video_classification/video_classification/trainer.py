@@ -193,11 +193,11 @@ def warn_of_small_batches(cfg: CfgNode, model: nn.Module) -> None:
     norms = [norm for norm in get_bn_modules(model) if not isinstance(norm, nn.SyncBatchNorm)]
     if norms and clips < MIN_CLIPS:
         logger.warning(
-            "Batch norm sees %d clips at a time (SOLVER.IMS_PER_BATCH, divided by the number of "
+            "Batch norm sees %s at a time (SOLVER.IMS_PER_BATCH, divided by the number of "
             "processes and by SOLVER.ACCUMULATE), which gives poor statistics. With "
             "MODEL.RESNETS.NORM and MODEL.NON_LOCAL.NORM GN it does not matter; FrozenBN, for "
             "trained weights, and blocks without a norm need no statistics at all.",
-            clips,
+            "1 clip" if clips == 1 else f"{clips} clips",
         )
 
 
