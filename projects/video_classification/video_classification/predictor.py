@@ -122,6 +122,8 @@ class VideoPredictor:
         size = video.read([frame])[0].shape[:2]
         pixels = video.read(clip, lambda image: resize(image, self.cfg.INPUT.MIN_SIZE_TEST))
         numbers = ", ".join(map(str, clip if len(clip) < 4 else [*clip[:2], "…", clip[-1]]))
+        if clip != sorted(clip):
+            numbers += " (the video is repeated)"
         return Sample(
             {"video": self.mapper.to_tensor(pixels)},
             size,
