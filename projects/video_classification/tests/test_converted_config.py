@@ -76,8 +76,8 @@ def test_written_config_builds_the_network(tmp_path, leaf, dialect, pooling, opt
     assert str(build_meta(written)) == str(model)
     for key in ("PIXEL_MEAN", "PIXEL_STD", "VIDEO", "NON_LOCAL"):
         expected, got = cfg.MODEL[key], written.MODEL[key]
-        if key == "VIDEO":  # only matters for training
-            expected.HEAD.INIT_STD = 0.01
+        if key == "VIDEO":  # these matter only for training
+            expected.HEAD.INIT_STD, expected.HEAD.LR_FACTOR = 0.01, 1.0
         if key == "NON_LOCAL" and not options:
             continue
         assert got == expected
