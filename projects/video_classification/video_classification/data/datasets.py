@@ -117,7 +117,7 @@ def _register(name: str, reader: Reader, multi_label: bool) -> None:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
     metadata = MetadataCatalog.get(name)
-    metadata.set(multi_label=multi_label, evaluator_type="video")
+    metadata.multi_label = multi_label
 
     @functools.cache  # so that files are read once
     def records() -> Records:
