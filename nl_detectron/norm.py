@@ -72,7 +72,9 @@ def fold_norm(conv: Any, norm: Any) -> tuple[Tensor, Tensor] | None:
     return weight, norm.bias + (bias - norm.running_mean) * factor
 
 
-def apply_norm(x: Tensor, norm: nn.Module) -> Tensor:
-    """Apply a norm to a map x of any dimension."""
+def apply_norm(x: Tensor, norm: nn.Module, relu: bool = False) -> Tensor:
+    """Apply a norm, and ReLU if wanted, to a map x of any dimension."""
     # Contiguous, because PyTorch takes twice as long on strided rows.
-    return norm(x.flatten(2).contiguous()).view_as(x)
+    y = norm(x.flatten(2).contiguous())
+    # Not after view_as: writing into views makes backward passes slow.
+    return (F.relu_(y) if relu else y).view_as(x)

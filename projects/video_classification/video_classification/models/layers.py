@@ -31,7 +31,7 @@ class Pool(NamedTuple):
 
 
 class Conv3d(nn.Conv3d):
-    """A convolution without bias, padded to keep the size, and its norm."""
+    """A convolution without bias, padded to keep the size, its norm, and ReLU if wanted."""
 
     def __init__(
         self,
@@ -41,6 +41,7 @@ class Conv3d(nn.Conv3d):
         stride: Sequence[int] = (1, 1, 1),
         groups: int = 1,
         norm: str = "BN",
+        relu: bool = False,
     ):
         """Create the convolution.
 
@@ -61,17 +62,17 @@ class Conv3d(nn.Conv3d):
             raise ValueError(
                 f"norm (config key MODEL.RESNETS.NORM) must be one of {NORMS}, got {norm!r}"
             )
+        self.relu = relu
         self.norm = get_norm(FlatBatchNorm2d if norm == "BN" else norm, out_channels)
         c2_msra_fill(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolve and normalize a map; a constant norm is folded into the convolution."""
-        if self.norm is None:
-            return super().forward(x)
-        folded = fold_norm(self, self.norm)
-        if folded is None:
-            return apply_norm(super().forward(x), self.norm)
-        return self._conv_forward(x, *folded)
+        """Map -> map; a constant norm is folded into the convolution."""
+        folded = None if self.norm is None else fold_norm(self, self.norm)
+        out = self._conv_forward(x, *(folded or (self.weight, None)))
+        if self.norm is not None and folded is None:
+            return apply_norm(out, self.norm, self.relu)
+        return F.relu_(out) if self.relu else out
 
 
 class Bottleneck3d(CNNBlockBase):
@@ -113,17 +114,15 @@ class Bottleneck3d(CNNBlockBase):
         if in_channels != out_channels:
             self.shortcut = Conv3d(in_channels, out_channels, (1, 1, 1), strides[0], norm=norm)
         self.shift = TemporalShift(in_channels, **shift) if shift else nn.Identity()
-        self.conv1 = Conv3d(in_channels, width, kernels[0], first, norm=norm)
-        self.conv2 = Conv3d(width, width, kernels[1], middle, num_groups, norm=norm)
+        self.conv1 = Conv3d(in_channels, width, kernels[0], first, norm=norm, relu=True)
+        self.conv2 = Conv3d(width, width, kernels[1], middle, num_groups, norm, relu=True)
         self.conv3 = Conv3d(width, out_channels, (1, 1, 1), norm=norm)
         if zero_init and isinstance(getattr(self.conv3.norm, "weight", None), nn.Parameter):
             nn.init.zeros_(self.conv3.norm.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, T, H, W) -> map."""
-        # Not in place: a norm returns a view, and writing into views makes backward passes slow.
-        out = F.relu(self.conv1(self.shift(x)))
-        out = self.conv3(F.relu(self.conv2(out)))
+        out = self.conv3(self.conv2(self.conv1(self.shift(x))))
         out = out + (x if self.shortcut is None else self.shortcut(x))
         return F.relu_(out)
 
@@ -142,9 +141,10 @@ class Stem3d(CNNBlockBase):
     ):
         """Create the stem; ``stride`` is that of conv1 in time."""
         super().__init__(in_channels, out_channels, 2 * (pool.stride[1] if pool else 1))
-        self.conv1 = Conv3d(in_channels, out_channels, kernel_size, (stride, 2, 2), norm=norm)
+        strides = (stride, 2, 2)
+        self.conv1 = Conv3d(in_channels, out_channels, kernel_size, strides, norm=norm, relu=True)
         self.pool = nn.MaxPool3d(*pool) if pool else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Clip -> map."""
-        return self.pool(F.relu(self.conv1(x)))
+        return self.pool(self.conv1(x))
