@@ -88,21 +88,26 @@ def model_rows(
     Args:
         configs: name and config of each model.
         workload: the input.
-        relative: also compare parameters and GMAC with those of the first model.
+        relative: also count the weights of convolutions and linear layers alone, as the paper's
+            Table 2e does, and compare parameters and GMAC with those of the first model.
     """
     yield "| config | parameters | of the blocks | GMAC | of the blocks | |" + (
-        " parameters / first | GMAC / first |" if relative else ""
+        " weights | parameters / first | GMAC / first |" if relative else ""
     )
-    yield "|---|---:|---:|---:|---:|---:|" + ("---:|---:|" if relative else "")
+    yield "|---|---:|---:|---:|---:|---:|" + ("---:|---:|---:|" if relative else "")
     first = None
     for name, cfg in configs:
         parameters, gmac = count_parameters_and_gmac(cfg, workload)
         stock_parameters, stock_gmac = count_parameters_and_gmac(without_blocks(cfg), workload)
         first = first or (parameters, gmac)
-        yield (
+        row = (
             f"| {name} | {parameters:,} | {parameters - stock_parameters:,} "
             f"| {gmac:.2f} | {gmac - stock_gmac:.2f} | +{100 * (gmac / stock_gmac - 1):.1f} % |"
-        ) + (f" {parameters / first[0]:.3f} | {gmac / first[1]:.3f} |" if relative else "")
+        )
+        if relative:
+            weights = sum(p.numel() for p in build_meta_model(cfg).parameters() if p.dim() > 1)
+            row += f" {weights:,} | {parameters / first[0]:.3f} | {gmac / first[1]:.3f} |"
+        yield row
 
 
 def block_rows(cfg: CfgNode, workload: Workload, batch_size: int) -> Iterator[str]:

@@ -285,6 +285,8 @@ def test_analyze():
     rows = [line.split(" | ") for line in run.stdout.splitlines() if line.startswith("| i3d_R_50")]
     assert rows[0][:2] == ["| i3d_R_50_NL5_32x2", "35,401,936"]
     assert [float(row[3]) for row in rows] == pytest.approx([200.9, 170.7], abs=0.05)
+    # Without norms, 53,120 in the trunk, and biases: 400 and, with the norms, 18,432 of the blocks
+    assert [row[6] for row in rows] == [f"{35_401_936 - 53_120 - 400 - 18_432:,}"] * 2
     assert [row[-1] for row in rows] == ["1.000 |", f"{170.686 / 200.897:.3f} |"]
     block = "| backbone.res3.non_local1 | 1 x 512 x 16 x 28 x 28 | blocked | 526,592 |"
     assert block in run.stdout
