@@ -11,8 +11,8 @@ There are two kinds of tasks:
 Clips come in groups that differ in nothing but what decides the class: two clips of ``order``, one
 of them the other backwards; else four, one for each pair of colors. So whatever ignores the order
 of frames is right in exactly half of the former, and what adds up contributions of single squares
-in at most three quarters of the latter: of the four margins, signed so that positive is right, the
-sum is zero. Their cross-entropy is then at least ln 2.
+in one to three quarters of the latter: its four margins, signed so that positive is right, add up
+to zero. In both cases the cross-entropy is at least ln 2, as it is a convex function of the margin.
 
 Shape legend: T frames, H W height and width.
 """
