@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     from tqdm import tqdm
 
     from nl_detectron.config import load_config
+    from nl_detectron.engine.coco.data_sets import check_is_detector
     from nl_detectron.engine.coco.results import ResultsFile, build_visualizer
     from nl_detectron.engine.console import errors_without_traceback, suppress_detectron2_warnings
     from nl_detectron.engine.frames import Images, make_output_folder, open_frames, print_summary
@@ -82,6 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         files.enter_context(suppress_detectron2_warnings())
         with errors_without_traceback():
             cfg = load_config(args.config_file, args.opts)
+            check_is_detector(cfg)
             cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = args.score_threshold
             cfg.MODEL.RETINANET.SCORE_THRESH_TEST = args.score_threshold
             metadata, image_ids = read_metadata(cfg, args)

@@ -17,11 +17,12 @@ import torch
 from detectron2.modeling import build_model
 from pycocotools.coco import COCO
 
-from nl_detectron.config import load_config
+from nl_detectron.config import PREDICTORS, load_config
 from nl_detectron.engine.coco.data_sets import set_num_classes
 from nl_detectron.engine.coco.files import register_coco_files
 from nl_detectron.engine.coco.trainer import CocoTrainer
 from nl_detectron.engine.predictor import Predictor
+from nl_detectron_cli import train
 from nl_detectron_cli.predict import main
 from tests.generated_coco import write_video
 from tests.running import QUICK, TINY, forget_custom_data
@@ -222,7 +223,7 @@ def test_video(predict, images, tmp_path):
     assert not drawn.read()[0]
 
 
-def test_mistakes(predict, images, weights, custom_data, tmp_path):
+def test_mistakes(predict, images, weights, custom_data, tmp_path, monkeypatch):
     def refuse(message, source=images, *options, output=tmp_path / "out", **kwargs):
         with pytest.raises(SystemExit, match=message):
             predict(source, "--output", output, *options, **kwargs)
@@ -244,3 +245,7 @@ def test_mistakes(predict, images, weights, custom_data, tmp_path):
     refuse("lost.json does not exist", annotations=tmp_path / "lost.json")
     stock = ("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone")
     refuse("does not have: .*non_local0", images, *stock)
+    monkeypatch.setitem(PREDICTORS, "GeneralizedRCNN", None)  # as projects do for their models
+    refuse("META_ARCHITECTURE GeneralizedRCNN is not a detector")
+    with pytest.raises(SystemExit, match="META_ARCHITECTURE GeneralizedRCNN is not a detector"):
+        train.main(["--config-file", CONFIG])

@@ -10,9 +10,23 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
+from nl_detectron.config import PREDICTORS
 from nl_detectron.engine.coco.files import register_coco_files
 from nl_detectron.engine.coco.flipping import flip_pairs
 from nl_detectron.engine.coco.metadata import check_names, dataset_metadata
+
+
+def check_is_detector(cfg: CfgNode) -> None:
+    """Refuse the models of projects, which have commands of their own.
+
+    Raises:
+        ValueError: ``MODEL.META_ARCHITECTURE`` is one of them.
+    """
+    if cfg.MODEL.META_ARCHITECTURE in PREDICTORS:
+        raise ValueError(
+            f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} is not a detector: use the "
+            "scripts of the project that it belongs to"
+        )
 
 
 def register_custom_data(cfg: CfgNode, args: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from nl_detectron.config import load_config
 from nl_detectron.engine.ablation import PairedTrainer
 from nl_detectron.engine.checkpoint import checkpoint_to_load, stored_metadata
 from nl_detectron.engine.coco.data_sets import (
+    check_is_detector,
     data_set_notes,
     register_custom_data,
     validate_data_sets,
@@ -63,6 +64,7 @@ def read_config(args: argparse.Namespace) -> CfgNode:
         ValueError: anything else is invalid.
     """
     cfg = load_config(args.config_file, args.opts)
+    check_is_detector(cfg)
     if args.scale_lr:
         scale_schedule(cfg, load_config(args.config_file), args.opts[::2])
     register_custom_data(cfg, args)
