@@ -34,12 +34,14 @@ class Run(NamedTuple):
         network: a key of `NETWORKS`.
         seed: of the initial weights and the order of clips.
         budget: multiple of the config's iterations.
+        options: changes to the config, keys and values.
     """
 
     task: str
     network: str
     seed: int
     budget: float = 1.0
+    options: tuple = ()
 
     def __str__(self) -> str:
         return f"{self.task}, {self.network}, seed {self.seed}, {self.budget:g}x"
@@ -108,6 +110,7 @@ def train(run: Run, data: Path, output: Path) -> Result:
     """Train and test a network, and write ``result.json`` when it is done."""
     folder = run.folder(output)
     cfg = network_config(run.network)
+    cfg.merge_from_list(list(run.options))
     for split in SPLITS:
         cfg.DATASETS[split.upper()] = (register_dataset(data / f"{run.task}_{split}"),)
     cfg.SOLVER.MAX_ITER = max(1, round(cfg.SOLVER.MAX_ITER * run.budget))
