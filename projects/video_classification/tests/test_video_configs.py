@@ -150,6 +150,13 @@ def test_leaf_is_what_its_name_says(leaf):
     assert (model.head.linear.out_features, model.head.multi_label) == (classes, classes == 157)
 
 
+def test_small_network_for_a_cpu():
+    model = build("quick_schedules/i3d_R_26_NL_8x5_overfit")
+    layers = [n for n, m in model.named_modules() if isinstance(m, (nn.Conv3d, nn.Linear))]
+    assert len([n for n in layers if "shortcut" not in n and "non_local" not in n]) == 26
+    assert list(find_blocks(model)) == ["backbone.res4.non_local0"]
+
+
 @pytest.mark.parametrize("leaf", [*ROWS, *NO_ROWS])
 def test_lazy_config_is_the_same_model(leaf):
     """All layers with what they print of themselves, and what they do not print."""

@@ -1,6 +1,6 @@
 """Videos for training and testing: decode, sample, crop, load; and the data sets."""
 
-from .datasets import load, register_built_in, register_charades, register_csv, register_folder
+from .catalog import load, register_built_in, register_charades, register_csv, register_folder
 from .decode import UnreadableVideo, VideoReader, iter_frames, write_video
 from .loader import (
     LoaderSpeed,

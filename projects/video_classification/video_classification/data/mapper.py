@@ -19,7 +19,7 @@ from .cache import open_video
 from .decode import UnreadableVideo, VideoReader
 
 Record = Mapping[str, Any]
-"""An entry of a data set, see `video_classification.data.datasets`."""
+"""An entry of a data set, see `video_classification.data.catalog`."""
 
 
 class VideoMapper:
