@@ -10,16 +10,15 @@ and timm take part if they are installed: `make peers` puts them into build/peer
     python dev/benchmark_non_local.py --passes forward --picture benchmark.png \\
         --shapes n196 n784 n1764 n4225 n8464 n16900
 
-For a block within a detector see dev/benchmark_detector.py.
+For a block within a detector see dev/benchmark_detector.py; for video networks,
+dev/benchmark_video.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
-import re
 import resource
 import statistics
 import time
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from measure import in_new_process, increase_at_peak
 from torch import Tensor, nn
 
 from nl_detectron import NonLocalBlock, ops
@@ -157,29 +157,6 @@ def run_pass(case: Case, block: Callable[[Tensor], Tensor], x: Tensor) -> tuple[
     return time.perf_counter() - start, y.detach()
 
 
-def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function in a new process; return its result, or None if it failed."""
-    # fork does not copy threads, so this process must not compute anything itself.
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-
-    def call() -> None:
-        try:
-            sender.send(function(*args))
-        except RuntimeError:  # out of memory, or mmcv's concatenation, which has no backward pass
-            sender.send(None)
-
-    process = context.Process(target=call)
-    process.start()
-    sender.close()  # recv then fails if the process is killed
-    try:
-        return receiver.recv()
-    except EOFError:
-        return None
-    finally:
-        process.join()
-
-
 def peak_memory(case: Case, name: str) -> int:
     """Return the peak memory of a pass in bytes, without the block and its input."""
     block, x = build_block(case, name)
@@ -192,16 +169,7 @@ def peak_memory(case: Case, name: str) -> int:
     # Fail rather than swap.
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     resource.setrlimit(resource.RLIMIT_AS, (memory * 3 // 4, -1))
-    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-    before = process_memory("VmRSS")
-    run_pass(case, block, x)
-    return process_memory("VmHWM") - before
-
-
-def process_memory(field: str) -> int:
-    """Return a memory field of this process in bytes: VmRSS, or its peak VmHWM."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
+    return increase_at_peak(lambda: run_pass(case, block, x))
 
 
 def time_rounds(case: Case, names: list[str], seconds: float) -> dict[str, list[float]]:
