@@ -11,6 +11,7 @@ from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 COMMANDS = runpy.run_path(str(HERE / "nl_detectron_cli" / "__init__.py"))
+VIDEO = "av>=17,<19"
 PACKAGES = find_packages(include=["nl_detectron", "nl_detectron.*", "nl_detectron_cli"])
 
 
@@ -58,8 +59,8 @@ setup(
         "setuptools<81",  # detectron2.model_zoo imports pkg_resources, which 82 removed
     ],
     extras_require={
-        "dev": ["hypothesis", "mypy", "nl_detectron[video]", "pytest", "ruff", "safetensors"],
+        "dev": [VIDEO, "hypothesis", "mypy", "pytest", "ruff", "safetensors"],
         "safetensors": ["safetensors"],  # for weights in files of this kind
-        "video": ["av>=17,<19"],  # to decode and write videos; 19 drops Python 3.11
+        "video": [VIDEO],  # to decode and write videos; 19 drops Python 3.11
     },
 )

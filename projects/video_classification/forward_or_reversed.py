@@ -28,7 +28,7 @@ FRAMES, STRIDE, SHORT_SIDE = 16, 2, 64  # the middle of each video
 # Larger than the networks of the demo, but still without pooling in time.
 OPTIONS = (
     *("MODEL.RESNETS.STEM_OUT_CHANNELS", 16, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64),
-    *("MODEL.RESNETS.WIDTH_PER_GROUP", 16, "MODEL.RESNETS.OUT_FEATURES", ["res5"]),
+    *("MODEL.RESNETS.WIDTH_PER_GROUP", 16, "MODEL.RESNETS.OUT_FEATURES", ("res5",)),
     *("MODEL.VIDEO.NUM_BLOCKS", (2, 2, 2, 2), "MODEL.VIDEO.POOLING", "space"),
     *("MODEL.NON_LOCAL.AFTER_BLOCKS.RES3", (-2,), "MODEL.NON_LOCAL.AFTER_BLOCKS.RES4", (-2,)),
     *("INPUT.CLIP.NUM_FRAMES", FRAMES, "INPUT.RANDOM_FLIP", "horizontal"),
