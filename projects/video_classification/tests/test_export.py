@@ -20,13 +20,10 @@ def export(model, clips):
     return torch.export.export(model, (clips,), dynamic_shapes=dynamic)
 
 
-@pytest.mark.parametrize(
-    "leaf",
-    [
-        *("c2d_R_50_32x2", "i3d_R_50_32x2", "i3d_R_50_NL5_32x2", "i3d_R_50_NL5_128x1"),
-        "tsm_R_50_NL5_8x8",
-    ],
-)
+SLOW = pytest.param("i3d_R_50_NL5_128x1", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("leaf", ["c2d_R_50_32x2", "i3d_R_50_NL5_32x2", "tsm_R_50_NL5_8x8", SLOW])
 def test_any_number_of_clips(leaf, randomize):
     """A narrow network with the layers of a config, as after training."""
     cfg = load_config(CONFIGS / f"{leaf}.yaml", ["MODEL.DEVICE", "cpu"], default_video_config)
@@ -43,6 +40,7 @@ def test_any_number_of_clips(leaf, randomize):
         assert_close(exported(x), expected)
 
 
+@pytest.mark.slow
 def test_full_size():
     cfg = load_config(
         CONFIGS / "i3d_R_50_NL5_32x2.yaml", ["MODEL.DEVICE", "meta"], default_video_config
