@@ -6,7 +6,9 @@ import importlib.util
 import json
 import logging
 import math
+import os
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -213,7 +215,8 @@ def restored():
     """Undoes what the demo sets for its process."""
     threads, root = torch.get_num_threads(), logging.getLogger()
     level, handlers = root.level, list(root.handlers)
-    yield
+    with mock.patch.dict(os.environ):
+        yield
     torch.set_num_threads(threads)
     root.setLevel(level)
     root.handlers[:] = handlers

@@ -98,7 +98,8 @@ def test_killed_and_resumed(videos, tmp_path):
     train_net.main(arguments(flags, "OUTPUT_DIR", whole) + options.split())
     path = os.pathsep.join([str(ROOT), str(PROJECT)])
     command = [sys.executable, "-c", KILLED, *arguments(flags, "OUTPUT_DIR", killed)]
-    done = subprocess.run(command + options.split(), env=os.environ | {"PYTHONPATH": path})
+    env = {"PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(command + options.split(), env=os.environ | env)
     assert done.returncode == -signal.SIGKILL
     assert (killed / "last_checkpoint").read_text() == "model_0000004.pth"
     train_net.main(arguments(flags, "--resume OUTPUT_DIR", killed) + options.split())
