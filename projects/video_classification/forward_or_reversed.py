@@ -24,7 +24,7 @@ from nl_detectron_cli.threads import limit_thread_spinning
 
 NETWORKS = ("I3D", "TSM", "NL-I3D", "C2D", "NL-spacetime")
 CLASSES = ("forward", "reversed")
-FRAMES, STRIDE, SHORT_SIDE = 16, 2, 64  # the middle of each video
+FRAMES, STRIDE, SHORT_SIDE = 8, 4, 48  # the middle of each video
 # Larger than the networks of the demo, but still without pooling in time.
 OPTIONS = (
     *("MODEL.RESNETS.STEM_OUT_CHANNELS", 16, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64),
