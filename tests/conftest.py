@@ -95,6 +95,6 @@ def custom_data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def custom_data_name(custom_data):
-    """Its name in detectron2's catalogue."""
+    """Its name in detectron2's catalog."""
     register_coco_files("custom_data", str(custom_data), str(custom_data.parent / "images"))
     return "custom_data"

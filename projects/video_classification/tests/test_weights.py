@@ -170,7 +170,7 @@ def configured(result):
 
 
 def random_clips(frames):
-    """Two clips, which differ in their colours, so that the mean over a map does not hide it."""
+    """Two clips, which differ in their colors, so that the mean over a map does not hide it."""
     return 2 * torch.randn(2, 3, 1, 1, 1) + torch.randn(2, 3, frames, 64, 64)
 
 

@@ -1,4 +1,4 @@
-"""Custom COCO files in detectron2's catalogues."""
+"""Custom COCO files in detectron2's catalogs."""
 
 from __future__ import annotations
 

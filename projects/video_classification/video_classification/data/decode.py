@@ -4,7 +4,7 @@ Frames are found by counting, never by seeking: a seek lands on another frame th
 for in files with unordered or missing time stamps. The number of frames comes from the packets,
 which are counted without decoding them; what headers say is often wrong or missing.
 
-Shapes: F frames, H W height and width; colours are RGB, uint8.
+Shapes: F frames, H W height and width; colors are RGB, uint8.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The meta-architecture ``VideoClassifier``: a backbone and a head.
 
-Shapes: N clips, C colours, K classes, T H W frames, height and width of a clip.
+Shapes: N clips, C colors, K classes, T H W frames, height and width of a clip.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class VideoClassifier(nn.Module):
         Args:
             backbone: its last output, (N, C, T, H, W), goes to the head.
             head: the classifier.
-            pixel_mean: per colour, subtracted from the pixels.
-            pixel_std: per colour, by which the difference is divided.
+            pixel_mean: per color, subtracted from the pixels.
+            pixel_std: per color, by which the difference is divided.
         """
         super().__init__()
         self.backbone = backbone

@@ -136,7 +136,7 @@ def make_resnet3d(
 
     Args:
         num_blocks: residual blocks of res2 and up to three more stages.
-        in_channels: colours.
+        in_channels: colors.
         stem_channels: of conv1.
         stem_kernel: of conv1.
         res2_channels: of the output of res2.
