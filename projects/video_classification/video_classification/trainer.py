@@ -115,11 +115,15 @@ class VideoTrainer(StrictTrainer):
 
     def build_hooks(self) -> list:
         """Build the stock hooks, with the same clips for every run of precise batch norm."""
-        stock = super().build_hooks()
-        for hook in stock:
-            if isinstance(hook, hooks.PreciseBN):
-                hook.__class__ = SameClipsPreciseBN
-        return stock
+        test = self.cfg.TEST
+        return [
+            SameClipsPreciseBN(
+                test.EVAL_PERIOD, self.model, hook._data_loader, test.PRECISE_BN.NUM_ITER
+            )
+            if isinstance(hook, hooks.PreciseBN)
+            else hook
+            for hook in super().build_hooks()
+        ]
 
     def resume_or_load(self, resume: bool = True) -> None:
         """See ``DefaultTrainer``; the data continue where the checkpoint was saved."""
