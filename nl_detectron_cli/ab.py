@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nl_detectron_cli.arguments import load_options, training_parser
+from nl_detectron_cli.arguments import load_options, run_options, training_parser
 from nl_detectron_cli.threads import limit_thread_spinning
 
 if TYPE_CHECKING:
@@ -41,10 +41,8 @@ def parse_comparison(
 ) -> argparse.Namespace:
     """Parse the arguments of a training parser in the same way."""
     args = parser.parse_args(argv)
-    if args.resume or args.eval_only:
-        parser.error(
-            "--resume and --eval-only do not apply: both models are trained from the start"
-        )
+    if args.eval_only:
+        parser.error("--eval-only does not apply: both models are trained")
     return args
 
 
@@ -95,7 +93,13 @@ def compare_models(
         variant_cfg.defrost()
         variant_cfg.SEED = max(cfg.SEED, 0)
         variant_cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR) / variant)
-        runs[variant] = train_and_evaluate(variant_cfg, trainer_class, **load_options(args))
+        runs[variant] = train_and_evaluate(
+            variant_cfg,
+            trainer_class,
+            run_options(args),
+            resume=args.resume,
+            **load_options(args),
+        )
     if comm.is_main_process():
         write_report(runs, Path(cfg.OUTPUT_DIR), trainer_class.metrics)
 

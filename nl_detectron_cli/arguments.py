@@ -7,7 +7,10 @@ import os
 import runpy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nl_detectron.engine.options import RunOptions
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
@@ -174,8 +177,47 @@ def training_parser(
         help="scale learning rate, iterations and periods linearly from the config's batch size "
         "to the SOLVER.IMS_PER_BATCH on the command line; other keys given there are kept",
     )
+    add_integer(parser, "--keep-last", 0, "periodic checkpoints to keep; 0: all", minimum=0)
+    parser.add_argument(
+        "--keep-best",
+        default="",
+        metavar="METRIC",
+        help="also keep the checkpoint that is best by this metric, such as bbox/AP",
+    )
+    add_integer(
+        parser,
+        "--max-nonfinite",
+        10,
+        "iterations with a loss or gradients that are not finite to skip before stopping",
+        minimum=0,
+    )
+    parser.add_argument(
+        "--bad-images",
+        choices=("raise", "skip"),
+        default="raise",
+        help="what to do with training images that cannot be read (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-bad-images",
+        type=probability,
+        default=0.1,
+        metavar="SHARE",
+        help="share of the training images that --bad-images skip may skip (default: %(default)s)",
+    )
     add_opts(parser, ", such as SOLVER.BASE_LR 0.01")
     return parser
+
+
+def run_options(args: argparse.Namespace) -> RunOptions:
+    """Return the options of a training run that the arguments ask for."""
+    from nl_detectron.engine.options import RunOptions
+
+    return RunOptions(
+        keep_last=args.keep_last,
+        keep_best=args.keep_best,
+        max_nonfinite=args.max_nonfinite,
+        max_bad_images=args.max_bad_images if args.bad_images == "skip" else 0.0,
+    )
 
 
 def load_options(args: argparse.Namespace) -> dict[str, Any]:

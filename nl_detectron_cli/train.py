@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from nl_detectron_cli.arguments import add_integer, load_options, training_parser
+from nl_detectron_cli.arguments import add_integer, load_options, run_options, training_parser
 from nl_detectron_cli.threads import limit_thread_spinning
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def train_model(trainer_class: type[StrictTrainer], args: argparse.Namespace, cf
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
-    trainer = trainer_class(cfg, **load_options(args))
+    trainer = trainer_class(cfg, run_options(args), **load_options(args))
     if args.health_period:
         trainer.register_hooks([BlockHealthHook(args.health_period, trainer.model)])
     trainer.resume_or_load(resume=args.resume)

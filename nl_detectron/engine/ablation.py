@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from nl_detectron.config import without_blocks
+from nl_detectron.engine.options import DEFAULT_OPTIONS, RunOptions
 from nl_detectron.engine.trainer import StrictTrainer
 
 VARIANTS = {"stock": "stock", "non_local": "non-local"}
@@ -33,7 +34,7 @@ class PairedTrainer(StrictTrainer):
 
     without_blocks = staticmethod(without_blocks)
 
-    def __init__(self, cfg: CfgNode, **load_options: object):
+    def __init__(self, cfg: CfgNode, options: RunOptions = DEFAULT_OPTIONS, **load_options: object):
         """See :class:`StrictTrainer`.
 
         Raises:
@@ -43,7 +44,7 @@ class PairedTrainer(StrictTrainer):
             raise ValueError(
                 f"SEED must be at least 0, to give both models the same weights, got {cfg.SEED}"
             )
-        super().__init__(cfg, **load_options)
+        super().__init__(cfg, options, **load_options)
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -78,21 +79,28 @@ class TrainingResult:
 
 
 def train_and_evaluate(
-    cfg: CfgNode, trainer_class: type[PairedTrainer], **load_options: object
+    cfg: CfgNode,
+    trainer_class: type[PairedTrainer],
+    options: RunOptions = DEFAULT_OPTIONS,
+    *,
+    resume: bool = False,
+    **load_options: object,
 ) -> TrainingResult:
     """Train and evaluate one of the two models; all outputs go to ``OUTPUT_DIR``.
 
     Args:
         cfg: config with or without blocks.
         trainer_class: trainer of the task.
+        options: how the run deals with what goes wrong.
+        resume: go on from the last checkpoint in ``OUTPUT_DIR``, if there is one.
         load_options: see :class:`nl_detectron.engine.checkpoint.StrictCheckpointer`.
     """
     if comm.is_main_process():
         output = Path(cfg.OUTPUT_DIR)
         output.mkdir(parents=True, exist_ok=True)
         (output / "config.yaml").write_text(cfg.dump())
-    trainer = trainer_class(cfg, **load_options)
-    trainer.resume_or_load(resume=False)
+    trainer = trainer_class(cfg, options, **load_options)
+    trainer.resume_or_load(resume=resume)
     trainer.train()
     storage = trainer.storage
     latest = {name: value for name, (value, _) in storage.latest().items()}

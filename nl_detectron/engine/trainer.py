@@ -17,6 +17,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from nl_detectron.engine.checkpoint import StrictCheckpointer
+from nl_detectron.engine.options import DEFAULT_OPTIONS, RunOptions
 from nl_detectron.engine.predictor import model_errors
 
 logger = logging.getLogger("nl_detectron")
@@ -32,8 +33,9 @@ class StrictTrainer(engine.DefaultTrainer):
 
     metrics: ClassVar[Mapping[str, str]] = {}
 
-    def __init__(self, cfg: CfgNode, **load_options: Any):
+    def __init__(self, cfg: CfgNode, options: RunOptions = DEFAULT_OPTIONS, **load_options: Any):
         """See ``DefaultTrainer``; ``load_options`` are passed to :class:`StrictCheckpointer`."""
+        self.options = options
         self.load_options = load_options
         with _allow_ddp_on(cfg.MODEL.DEVICE):
             super().__init__(cfg)

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nl_detectron.config import load_config
 from nl_detectron.engine.ablation import PairedTrainer
 from nl_detectron.engine.checkpoint import checkpoint_to_load, stored_metadata
+from nl_detectron.engine.options import DEFAULT_OPTIONS, RunOptions
 from nl_detectron.engine.schedule import scale_schedule, schedule_table
 from nl_detectron.engine.trainer import StrictTrainer, setup_run
 
@@ -49,9 +50,9 @@ class VideoTrainer(StrictTrainer):
 
     metrics = {"video/top1": "top-1", "video/top5": "top-5", "video/mAP": "mAP"}
 
-    def __init__(self, cfg: CfgNode, **load_options: Any):
+    def __init__(self, cfg: CfgNode, options: RunOptions = DEFAULT_OPTIONS, **load_options: Any):
         """See :class:`StrictTrainer`."""
-        super().__init__(cfg, **load_options)
+        super().__init__(cfg, options, **load_options)
         warn_of_small_batches(cfg, self.model)
 
     @classmethod

@@ -1,0 +1,26 @@
+"""How a training run deals with what goes wrong, and which checkpoints it keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Options of a training run that are not part of its config.
+
+    Attributes:
+        keep_last: number of periodic checkpoints to keep; 0 keeps all.
+        keep_best: metric whose best checkpoint is kept, too, such as "bbox/AP"; "" for none.
+        max_nonfinite: number of iterations to skip because the loss or a gradient is not finite;
+            one more ends the training.
+        max_bad_images: share of the training images, or videos, that may be unreadable.
+    """
+
+    keep_last: int = 0
+    keep_best: str = ""
+    max_nonfinite: int = 10
+    max_bad_images: float = 0.0
+
+
+DEFAULT_OPTIONS = RunOptions()
