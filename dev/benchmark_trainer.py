@@ -1,0 +1,125 @@
+"""Measure what our trainer's precautions cost: an iteration of it, and of detectron2's own trainer.
+
+Both train the same detector on the same data, on images of their own, and take turns in one process;
+the one that begins changes from round to round. The output is the median and quartiles of the
+ratios of their times, the same for saving a checkpoint, and the growth of memory from a fifth of
+the rounds to the end.
+
+    python dev/benchmark_trainer.py --json train.json --images train/ --rounds 500 \\
+        --config-file configs/quick_schedules/mask_rcnn_R_18_NL_FPN_overfit.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
+from detectron2.utils.events import EventStorage
+from measure import process_memory
+
+from nl_detectron.config import load_config
+from nl_detectron.engine.coco.data_sets import set_num_classes
+from nl_detectron.engine.coco.files import register_coco_files
+from nl_detectron.engine.coco.trainer import CocoTrainer
+from nl_detectron.engine.options import RunOptions
+
+NAME = "benchmark_trainer"
+SAVES = 7
+
+
+class Turns:
+    """Runs the iterations of a trainer one at a time, hooks included."""
+
+    def __init__(self, trainer: DefaultTrainer):
+        """Begin the training."""
+        self._trainer = trainer
+        trainer.resume_or_load(resume=False)
+        self._storage = trainer.storage = EventStorage(0)
+        with self._storage:
+            trainer.before_train()
+
+    def iteration(self, number: int) -> float:
+        """Run an iteration; return the seconds."""
+        trainer = self._trainer
+        start = time.perf_counter()
+        with self._storage:
+            trainer.iter = number
+            trainer.before_step()
+            trainer.run_step()
+            trainer.after_step()
+        return time.perf_counter() - start
+
+    def save(self) -> float:
+        """Save a checkpoint; return the seconds."""
+        start = time.perf_counter()
+        self._trainer.checkpointer.save("benchmark")
+        return time.perf_counter() - start
+
+
+def run_config(args: argparse.Namespace, output: Path) -> CfgNode:
+    """The config of a training that is never evaluated and saved by hand."""
+    cfg = load_config(args.config_file, args.opts)
+    set_num_classes(cfg, NAME)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (NAME,), ()
+    cfg.SOLVER.MAX_ITER = args.rounds + 2
+    cfg.SOLVER.CHECKPOINT_PERIOD = 10 * args.rounds
+    cfg.OUTPUT_DIR = str(output)
+    output.mkdir()
+    return cfg
+
+
+def compare(ours: list[float], stock: list[float]) -> str:
+    """Format the median and quartiles of the ratios of two lists of times."""
+    low, median, high = statistics.quantiles([a / b for a, b in zip(ours, stock)])
+    return (
+        f"{median:.3f} of detectron2's time (quartiles {low:.3f}, {high:.3f}; "
+        f"{1000 * statistics.median(stock):.0f} ms; {len(ours)} rounds)"
+    )
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", type=Path, required=True)
+    parser.add_argument("--json", required=True, help="COCO annotations")
+    parser.add_argument("--images", required=True, help="image folder of --json")
+    parser.add_argument("--rounds", type=int, default=500)
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
+    args = parser.parse_args()
+    register_coco_files(NAME, args.json, args.images)
+    logging.disable(logging.WARNING)
+    with tempfile.TemporaryDirectory() as folder:
+        options = RunOptions(keep_last=2, max_bad_images=0.1)
+        ours = Turns(CocoTrainer(run_config(args, Path(folder, "ours")), options))
+        stock = Turns(DefaultTrainer(run_config(args, Path(folder, "stock"))))
+        both = (ours, stock)
+        for number in range(2):
+            for one in both:
+                one.iteration(number)
+        times: dict[Turns, list[float]] = {ours: [], stock: []}
+        memory = 0
+        for number in range(2, args.rounds + 2):
+            for one in both if number % 2 else both[::-1]:
+                times[one].append(one.iteration(number))
+            if number == max(2, args.rounds // 5):
+                memory = process_memory("VmRSS")
+        growth = process_memory("VmRSS") - memory
+        print(f"iteration: {compare(times[ours], times[stock])}")
+        saves: dict[Turns, list[float]] = {ours: [], stock: []}
+        for number in range(SAVES):
+            for one in both if number % 2 else both[::-1]:
+                saves[one].append(one.save())
+        print(f"saving a checkpoint: {compare(saves[ours], saves[stock])}")
+        print(f"memory, iteration {args.rounds // 5} to {args.rounds}: {growth / 2**20:+.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
