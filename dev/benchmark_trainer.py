@@ -1,9 +1,9 @@
-"""Measure what our trainer's precautions cost: an iteration of it, and of detectron2's own trainer.
+"""Measure what our trainer's precautions cost: an iteration of it, and of detectron2's trainer.
 
-Both train the same detector on the same data, on images of their own, and take turns in one process;
-the one that begins changes from round to round. The output is the median and quartiles of the
-ratios of their times, the same for saving a checkpoint, and the growth of memory from a fifth of
-the rounds to the end.
+Both train the same detector on the same data, each in an order of its own, and take turns in one
+process; the one that begins changes from round to round. The output is the median and quartiles of
+the ratios of their times, the same for saving a checkpoint, and the growth of memory from a fifth
+of the rounds to the end.
 
     python dev/benchmark_trainer.py --json train.json --images train/ --rounds 500 \\
         --config-file configs/quick_schedules/mask_rcnn_R_18_NL_FPN_overfit.yaml
