@@ -58,6 +58,8 @@ def check_models(
 ) -> None:
     """Check the models of a task in the same way."""
     from nl_detectron.config import without_blocks
+    from nl_detectron.engine.ablation import VARIANTS
+    from nl_detectron.engine.checkpoint_files import check_nothing_is_overwritten
     from nl_detectron.non_local import find_blocks
 
     options = load_options(args)
@@ -67,6 +69,8 @@ def check_models(
             f"{cfg.MODEL.BACKBONE.NAME}, MODEL.ROI_KEYPOINT_HEAD.NAME is "
             f"{cfg.MODEL.ROI_KEYPOINT_HEAD.NAME}"
         )
+    for variant in () if args.resume else VARIANTS:
+        check_nothing_is_overwritten(str(Path(cfg.OUTPUT_DIR) / variant))
     trainer_class.dry_run(without_blocks(cfg), resume=False, **options)
 
 

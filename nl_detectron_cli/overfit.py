@@ -56,6 +56,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", required=True, help="image folder of --json")
     add_integer(parser, "--count", 8, "number of images")
     add_integer(parser, "--max-objects", 10, "skip images with more objects")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="resume from the last checkpoint in OUTPUT_DIR, if there is one",
+    )
     add_opts(parser)
     return parser.parse_args(argv)
 
@@ -70,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "subset.json"
         path.write_text(json.dumps(subset))
-        arguments = ["--config-file", args.config_file]
+        arguments = ["--config-file", args.config_file, *["--resume"] * args.resume]
         for split in ("train", "test"):
             arguments += [f"--{split}-json", str(path), f"--{split}-images", args.images]
         train.main(arguments + args.opts)

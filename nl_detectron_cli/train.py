@@ -56,8 +56,11 @@ def check(args: argparse.Namespace, cfg: CfgNode) -> None:
 
 def check_model(trainer_class: type[StrictTrainer], args: argparse.Namespace, cfg: CfgNode) -> None:
     """Check the model of a task in the same way."""
+    from nl_detectron.engine.checkpoint_files import check_nothing_is_overwritten
     from nl_detectron.non_local import find_blocks
 
+    if not (args.eval_only or args.resume):
+        check_nothing_is_overwritten(cfg.OUTPUT_DIR)
     model = trainer_class.dry_run(cfg, args.resume, **load_options(args))
     if args.health_period:
         find_blocks(model, "*")

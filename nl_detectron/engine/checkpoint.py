@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -15,6 +16,14 @@ from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from nl_detectron.engine.checkpoint_files import (
+    AtomicPathManager,
+    check_records,
+    newest_checkpoint,
+    non_finite_tensors,
+    remove_partial_files,
+    write_atomically,
+)
 from nl_detectron.non_local import find_blocks
 
 METADATA_FILE = "metadata.json"
@@ -31,7 +40,10 @@ class StrictCheckpointer(DetectionCheckpointer):
     parameters are ignored, except for layers of a deeper network and non-local blocks, which are
     refused.
 
-    To resume training, the checkpoint must match the model exactly.
+    To resume training, the checkpoint must match the model exactly. It is the newest valid one in
+    the folder; the tag ``last_checkpoint`` is written for detectron2's own tools only.
+
+    Checkpoints are written atomically. Weights that are not finite are neither saved nor loaded.
     """
 
     def __init__(
@@ -68,14 +80,53 @@ class StrictCheckpointer(DetectionCheckpointer):
         self.strip_blocks = strip_blocks
         self.complete = complete
         self.metadata = metadata
+        self.path_manager = AtomicPathManager()
+        self._newest: str | None = None  # not known yet
         self._resuming = False
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Save the model, its checkpointables and the metadata."""
-        if self.metadata and self.save_dir and self.save_to_disk:
-            write_metadata(self.save_dir, self.metadata)
-            kwargs["metadata"] = dict(self.metadata)
-        super().save(name, **kwargs)
+        """Save the model, its checkpointables and the metadata.
+
+        Raises:
+            ValueError: a weight is not finite.
+            OSError: the checkpoint cannot be written; earlier ones are intact.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        if names := non_finite_tensors(self.model.state_dict()):
+            raise ValueError(
+                f"{path} is not saved, because the weights are not finite: {_abbreviate(names)}; "
+                f"{self._last_saved()}"
+            )
+        remove_partial_files(self.save_dir)
+        try:
+            if self.metadata:
+                write_metadata(self.save_dir, self.metadata)
+                kwargs["metadata"] = dict(self.metadata)
+            super().save(name, **kwargs)
+        except (OSError, RuntimeError) as error:  # PyTorch hides an OSError behind a RuntimeError
+            raise OSError(
+                f"{path} cannot be saved: {_reason(error)}; {self._last_saved()}"
+            ) from error
+        self._newest = path
+
+    def _last_saved(self) -> str:
+        return f"the last checkpoint is {self._newest}" if self._newest else "there is no other"
+
+    def has_checkpoint(self) -> bool:
+        """Return whether the folder has a valid checkpoint of a training.
+
+        Raises:
+            ValueError: it has checkpoints, but none is valid.
+        """
+        return bool(self.get_checkpoint_file())
+
+    def get_checkpoint_file(self) -> str:
+        """Return the newest valid checkpoint, or ""; after saving, the one saved last."""
+        if self._newest is None:
+            self._newest = newest_checkpoint(self.save_dir) if self.save_dir else ""
+        return self._newest
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load a checkpoint.
@@ -89,6 +140,7 @@ class StrictCheckpointer(DetectionCheckpointer):
             raise ValueError(f"weights {path}: {error}") from error
 
     def _load_file(self, filename: str) -> Any:
+        check_records(filename)
         try:
             return super()._load_file(filename)
         except OSError:
@@ -101,6 +153,8 @@ class StrictCheckpointer(DetectionCheckpointer):
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """As in ``DetectionCheckpointer``, but never resume from another model's checkpoint."""
         self._resuming = resume and self.has_checkpoint()
+        if resume and not self._resuming:
+            self.logger.info("No checkpoint to resume from in %s.", self.save_dir)
         return super().resume_or_load(path, resume=resume)
 
     def _load_model(self, checkpoint: Any) -> Any:
@@ -114,6 +168,8 @@ class StrictCheckpointer(DetectionCheckpointer):
         incorrect_shapes = {name for name, *_ in incompatible.incorrect_shapes}
         self._check_missing_keys(missing, incorrect_shapes)
         self._check_unexpected_keys(incompatible.unexpected_keys)
+        if names := non_finite_tensors(self.model.state_dict()):
+            raise ValueError(f"the weights are not finite: {_abbreviate(names)}")
         return incompatible
 
     def _check_missing_keys(self, missing: set[str], incorrect_shapes: set[str]) -> None:
@@ -179,6 +235,16 @@ class StrictCheckpointer(DetectionCheckpointer):
             )
 
 
+def _reason(error: BaseException) -> str:
+    """Return what the operating system said, if it is among the causes of an error."""
+    cause: BaseException | None = error
+    while cause:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return str(error)
+
+
 def _block_names(names: Iterable[str]) -> str:
     found = {m["block"] for name in names if (m := _NON_LOCAL_BLOCK.match(name))}
     return _abbreviate(found) if found else "none"
@@ -234,13 +300,15 @@ def stored_metadata(weights: str) -> dict[str, Any]:
 def write_metadata(folder: str, metadata: Mapping[str, Any]) -> None:
     """Write the metadata next to the checkpoints, as JSON."""
     text = json.dumps(metadata, indent=1, ensure_ascii=False)
-    with PathManager.open(str(Path(folder) / METADATA_FILE), "w") as file:
+    with write_atomically(Path(folder) / METADATA_FILE) as file:
         file.write(text)
 
 
 def checkpoint_to_load(cfg: CfgNode, resume: bool) -> tuple[str, bool]:
-    """Return the checkpoint that a run loads, and whether it resumes from there."""
-    checkpointer = DetectionCheckpointer(nn.Module(), cfg.OUTPUT_DIR)
-    if resume and checkpointer.has_checkpoint():
-        return checkpointer.get_checkpoint_file(), True
-    return cfg.MODEL.WEIGHTS, False
+    """Return the checkpoint that a run loads, and whether it resumes from there.
+
+    Raises:
+        ValueError: it is to resume, but no checkpoint is valid.
+    """
+    newest = newest_checkpoint(cfg.OUTPUT_DIR) if resume else ""
+    return newest or cfg.MODEL.WEIGHTS, bool(newest)

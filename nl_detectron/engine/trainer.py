@@ -17,6 +17,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from nl_detectron.engine.checkpoint import StrictCheckpointer
+from nl_detectron.engine.checkpoint_files import check_nothing_is_overwritten
 from nl_detectron.engine.options import DEFAULT_OPTIONS, RunOptions
 from nl_detectron.engine.predictor import model_errors
 
@@ -82,6 +83,16 @@ class StrictTrainer(engine.DefaultTrainer):
         super().load_state_dict(state_dict)
         if "_trainer" in state_dict:
             self._trainer.load_state_dict(state_dict["_trainer"])
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """See ``DefaultTrainer``.
+
+        Raises:
+            ValueError: without ``resume``, if ``OUTPUT_DIR`` has the checkpoints of a training.
+        """
+        if not resume and comm.is_main_process():
+            check_nothing_is_overwritten(self.cfg.OUTPUT_DIR)
+        super().resume_or_load(resume)
 
     @classmethod
     def dry_run(cls, cfg: CfgNode, resume: bool, **load_options: Any) -> nn.Module:

@@ -56,6 +56,7 @@ def test_only_the_blocks_tell_the_models_apart(workers, overfit_cfg):
     overfit_cfg.DATALOADER.NUM_WORKERS = workers
     runs, seen = [], []
     for cfg in (without_blocks(overfit_cfg), overfit_cfg):
+        cfg.OUTPUT_DIR += f"/{len(runs)}"
         runs.append(train_and_evaluate(cfg, RecordingTrainer))
         seen.append(RecordingTrainer.seen)
 

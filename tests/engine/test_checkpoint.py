@@ -130,8 +130,7 @@ class TestResuming:
     @pytest.fixture
     def resume(self, tmp_path):
         def resume(model, state, **kwargs):
-            torch.save({"model": state}, tmp_path / "model_0001.pth")
-            (tmp_path / "last_checkpoint").write_text("model_0001.pth")
+            torch.save({"model": state, "iteration": 1}, tmp_path / "model_0001.pth")
             StrictCheckpointer(model, str(tmp_path), **kwargs).resume_or_load("lost.pth")
 
         return resume

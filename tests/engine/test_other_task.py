@@ -89,7 +89,9 @@ def toy_cfg(cfg, tmp_path, monkeypatch):
 
 
 def test_with_and_without_blocks(toy_cfg):
-    runs = [train_and_evaluate(c, PairedToyTrainer) for c in (without_blocks(toy_cfg), toy_cfg)]
+    stock_cfg = without_blocks(toy_cfg)
+    stock_cfg.OUTPUT_DIR += "/stock"
+    runs = [train_and_evaluate(c, PairedToyTrainer) for c in (stock_cfg, toy_cfg)]
     (first, *later), (same, *others) = (run.losses["total_loss"] for run in runs)
     assert first == same
     assert len(later) == len(others) == 2

@@ -158,8 +158,7 @@ class TestTrainedModel:
 
         def weights(**metadata):
             path = tmp_path / "out" / "model_final.pth"
-            torch.save({"model": {}, "metadata": metadata}, path)
-            path.with_name("last_checkpoint").write_text(path.name)
+            torch.save({"model": {}, "metadata": metadata, "iteration": 1}, path)
             return f"MODEL.WEIGHTS {path} "
 
         return weights
