@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
         label = VARIANTS[variant]
         print(f"{label}, training {number} of {len(configs)}", flush=True)
         start = time.monotonic()
-        runs[label] = train_and_evaluate(cfg, AdamWTrainer)
+        runs[label] = train_and_evaluate(cfg, AdamWTrainer, resume=True)
         print(f"  done in {(time.monotonic() - start) / 60:.1f} min")
     scores = {label: run.scores for label, run in runs.items()}
     print("\n" + score_table(scores, AdamWTrainer.metrics) + "\n", flush=True)

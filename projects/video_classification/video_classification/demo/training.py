@@ -118,7 +118,7 @@ def train(run: Run, data: Path, output: Path) -> Result:
     cfg.SEED, cfg.OUTPUT_DIR = run.seed, str(folder)
     start = time.perf_counter(), time.process_time()
     with suppress_detectron2_warnings():
-        scores = train_and_evaluate(cfg, PairedVideoTrainer).scores
+        scores = train_and_evaluate(cfg, PairedVideoTrainer, resume=True).scores
     tested = json.loads((folder / "inference" / f"{run.task}_test" / "results.json").read_text())
     result = Result(
         scores["video/top1"],
