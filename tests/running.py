@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+import traceback
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from nl_detectron.engine.coco.trainer import read_config
@@ -45,6 +49,39 @@ def run(*command, hook=False, datasets=None, code=0):
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     return done
+
+
+def forked(function, processes, folder, timeout=60):
+    """Run ``function(rank, folder)`` in copies of this process that form a group."""
+    (folder / "store").unlink(missing_ok=True)
+    children = []
+    for rank in range(processes):
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                torch.set_num_threads(1)  # those of OpenMP do not survive the fork
+                url = f"file://{folder}/store"
+                dist.init_process_group("gloo", url, rank=rank, world_size=processes)
+                function(rank, folder)
+                dist.barrier()
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        children.append(child)
+    end = time.monotonic() + timeout
+    codes = {}
+    while len(codes) < processes:
+        for child in set(children) - set(codes):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                codes[child] = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > end:
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+    assert set(codes.values()) == {0}
 
 
 def metrics(output):

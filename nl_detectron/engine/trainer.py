@@ -6,7 +6,7 @@ import argparse
 import functools
 import logging
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ from nl_detectron.engine.checkpoint import StrictCheckpointer
 from nl_detectron.engine.checkpoint_files import check_nothing_is_overwritten
 from nl_detectron.engine.options import DEFAULT_OPTIONS, RunOptions
 from nl_detectron.engine.predictor import model_errors
+from nl_detectron.engine.step import TrainingStep
 
 logger = logging.getLogger("nl_detectron")
 
@@ -38,7 +39,14 @@ class StrictTrainer(engine.DefaultTrainer):
         """See ``DefaultTrainer``; ``load_options`` are passed to :class:`StrictCheckpointer`."""
         self.options = options
         self.load_options = load_options
-        with _allow_ddp_on(cfg.MODEL.DEVICE):
+        step = functools.partial(
+            TrainingStep,
+            parts=cfg.SOLVER.get("ACCUMULATE", 1),
+            mixed_precision=cfg.SOLVER.AMP.ENABLED,
+            max_nonfinite=options.max_nonfinite,
+            output_dir=cfg.OUTPUT_DIR,
+        )
+        with _replaced_parts(cfg.MODEL.DEVICE, step):
             super().__init__(cfg)
 
     @classmethod
@@ -123,16 +131,19 @@ def setup_run(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _allow_ddp_on(device: str) -> Iterator[None]:
-    """Let ``DefaultTrainer`` wrap a model on the CPU with ``DistributedDataParallel``.
+def _replaced_parts(device: str, step: Callable[..., TrainingStep]) -> Iterator[None]:
+    """Let ``DefaultTrainer`` take our steps, and on the CPU wrap a model for several processes.
 
-    It passes the local rank as a GPU index, which is an error on the CPU. The only way to change
-    that is to patch the function it calls.
+    It passes the local rank to ``DistributedDataParallel`` as a GPU index, which is an error on the
+    CPU. The only way to change either is to patch what it calls.
     """
-    stock = engine.defaults.create_ddp_model
+    module = engine.defaults
+    replaced: dict[str, Callable] = {"SimpleTrainer": step, "AMPTrainer": step}
     if device == "cpu":
-        engine.defaults.create_ddp_model = functools.partial(stock, device_ids=None)
+        replaced["create_ddp_model"] = functools.partial(module.create_ddp_model, device_ids=None)
+    stock = {name: getattr(module, name) for name in replaced}
     try:
+        vars(module).update(replaced)
         yield
     finally:
-        engine.defaults.create_ddp_model = stock
+        vars(module).update(stock)

@@ -14,12 +14,9 @@ import pytest
 import torch
 import train_net
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import SimpleTrainer
-from detectron2.engine.train_loop import AMPTrainer
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch.testing import assert_close
-from video_classification.accumulation import accumulated_step
 from video_classification.config import default_video_config
 from video_classification.data import write_video
 from video_classification.trainer import (
@@ -30,6 +27,7 @@ from video_classification.trainer import (
 
 from nl_detectron.config import load_config
 from nl_detectron.engine.ablation import score_table
+from nl_detectron.engine.step import TrainingStep
 from tests.running import ROOT, metrics, words
 
 PROJECT = ROOT / "projects" / "video_classification"
@@ -184,17 +182,6 @@ def test_paper_decays_all_but_norms(cfg):
     assert sorted(groups) == [(0.01, 0.0, True), (0.01, 1e-4, True)]
 
 
-class Batches:
-    """An endless loader of one batch."""
-
-    def __init__(self, batch):
-        self.batch = batch
-
-    def __iter__(self):
-        while True:
-            yield self.batch
-
-
 @pytest.mark.parametrize("multi_label", [False, True])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_accumulated_gradients(mixed, multi_label, cfg, randomize):
@@ -210,17 +197,10 @@ def test_accumulated_gradients(mixed, multi_label, cfg, randomize):
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
-    if mixed:
-        trainer = AMPTrainer(
-            model, Batches(batch), optimizer, grad_scaler=torch.amp.GradScaler("cpu")
-        )
-        trainer.precision = torch.bfloat16  # CPUs have no kernels for half precision
-    else:
-        trainer = SimpleTrainer(model, Batches(batch), optimizer)
+    step = TrainingStep(model, [batch] * 2, optimizer, parts=2, mixed_precision=mixed)
     with EventStorage() as storage:
-        trainer.iter = 0
-        for _ in range(2):  # from zero every time
-            accumulated_step(trainer, 2)
+        for step.iter in range(2):  # from zero every time
+            step.run_step()
     tolerance = {"rtol": 0.05, "atol": 0.02} if mixed else {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -28,7 +28,6 @@ from nl_detectron.engine.options import DEFAULT_OPTIONS, RunOptions
 from nl_detectron.engine.schedule import scale_schedule, schedule_table
 from nl_detectron.engine.trainer import StrictTrainer, setup_run
 
-from .accumulation import accumulated_step
 from .config import default_video_config
 from .data import TrainLoader, build_test_loader, build_train_loader
 from .data_sets import check_data_sets, register_custom_data
@@ -132,14 +131,10 @@ class VideoTrainer(StrictTrainer):
         self.data_loader.start = self.start_iter
 
     def run_step(self) -> None:
-        """Train on one batch, in ``SOLVER.ACCUMULATE`` parts."""
+        """Train on one batch."""
         if self.cfg.SEED >= 0:  # for dropout; the loader has its own
             torch.manual_seed(hash((self.cfg.SEED, self.iter, comm.get_rank())) % 2**63)
-        if self.cfg.SOLVER.ACCUMULATE == 1:
-            super().run_step()
-        else:
-            self._trainer.iter = self.iter
-            accumulated_step(self._trainer, self.cfg.SOLVER.ACCUMULATE)
+        super().run_step()
 
 
 class PairedVideoTrainer(PairedTrainer, VideoTrainer):
