@@ -15,6 +15,7 @@ from pathlib import Path
 COMMANDS = {
     "train": "train or evaluate on COCO-format data",
     "ab": "train with and without non-local blocks, and compare",
+    "check-data": "find what is wrong with COCO-format data",
     "overfit": "test whether a model can overfit a few images",
     "predict": "detect objects in images, videos or a webcam",
     "attention": "draw the attention of a pixel or a keypoint",
@@ -46,4 +47,4 @@ def main() -> None:
         commands.add_parser(name, help=line, add_help=False)
     command = parser.parse_args(sys.argv[1:2]).command
     sys.argv = [f"{parser.prog} {command}", *sys.argv[2:]]  # argparse prints the first in the usage
-    importlib.import_module(f"nl_detectron_cli.{command}").main()
+    importlib.import_module(f"nl_detectron_cli.{command.replace('-', '_')}").main()

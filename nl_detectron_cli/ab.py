@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from nl_detectron_cli.arguments import load_options, run_options, training_parser
 from nl_detectron_cli.threads import limit_thread_spinning
+from nl_detectron_cli.train import check_coco_data
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -47,9 +48,10 @@ def parse_comparison(
 
 
 def check(args: argparse.Namespace, cfg: CfgNode) -> None:
-    """Check that the config has blocks, and that the weights fit both models."""
+    """Check the data, that the config has blocks, and that the weights fit both models."""
     from nl_detectron.engine.coco.trainer import CocoTrainer
 
+    check_coco_data(args, cfg)
     check_models(CocoTrainer, args, cfg)
 
 

@@ -113,6 +113,14 @@ def add_coco_data(parser: argparse.ArgumentParser) -> None:
     for split in ("train", "test"):
         parser.add_argument(f"--{split}-json", help=f"custom COCO annotations to {split} on")
         parser.add_argument(f"--{split}-images", help=f"image folder of --{split}-json")
+    parser.add_argument(
+        "--treat",
+        action="append",
+        default=[],
+        metavar="KIND=SEVERITY",
+        help="treat a kind of problem with the data as error, warning or off, such as "
+        "box-outside=warning; `nl-detectron check-data --kinds` lists them; repeatable",
+    )
 
 
 def training_parser(

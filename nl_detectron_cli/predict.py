@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -122,8 +121,10 @@ def read_metadata(cfg: CfgNode, args: argparse.Namespace) -> tuple[Metadata, dic
     """Return the metadata of the model's classes and keypoints, and the known image ids."""
     from detectron2.data import MetadataCatalog
 
+    from nl_detectron.engine.coco.annotations import check_images
     from nl_detectron.engine.coco.data_sets import set_num_classes
-    from nl_detectron.engine.coco.files import register_coco_files
+    from nl_detectron.engine.coco.files import read_coco_json, register_coco_files
+    from nl_detectron.engine.coco.findings import Findings
     from nl_detectron.engine.coco.metadata import check_names, model_metadata, stored_metadata
 
     metadata = model_metadata(cfg, args.weights)
@@ -138,6 +139,9 @@ def read_metadata(cfg: CfgNode, args: argparse.Namespace) -> tuple[Metadata, dic
         check_names(cfg, named, f"--annotations {args.annotations}", stored)
     else:
         set_num_classes(cfg, "custom_test")
-    images = json.loads(Path(args.annotations).read_bytes()).get("images", ())
+    findings = Findings(f"--annotations {args.annotations}")
+    images = check_images(read_coco_json(args.annotations).get("images", []), findings)
+    if findings.examples.keys() & {"missing-key", "image-record"}:
+        raise ValueError(findings.sentence(findings.examples))
     image_ids = {folder / image["file_name"]: image["id"] for image in images}
     return metadata if stored else named, image_ids

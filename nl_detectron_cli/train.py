@@ -48,10 +48,20 @@ def parse_training(
 
 
 def check(args: argparse.Namespace, cfg: CfgNode) -> None:
-    """Check that the weights fit, and for ``--health-period`` that the model has blocks."""
+    """Check the data, that the weights fit, and for ``--health-period`` that there are blocks."""
     from nl_detectron.engine.coco.trainer import CocoTrainer
 
+    check_coco_data(args, cfg)
     check_model(CocoTrainer, args, cfg)
+
+
+def check_coco_data(args: argparse.Namespace, cfg: CfgNode) -> None:
+    """Check the data sets of a training or evaluation."""
+    from nl_detectron.engine.coco.data_sets import check_data
+    from nl_detectron.engine.coco.findings import parse_treat
+
+    max_bad_images = run_options(args).max_bad_images
+    check_data(cfg, not args.eval_only, parse_treat(args.treat), max_bad_images)
 
 
 def check_model(trainer_class: type[StrictTrainer], args: argparse.Namespace, cfg: CfgNode) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import logging
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -11,9 +12,14 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from nl_detectron.config import PREDICTORS
+from nl_detectron.engine.coco.checking import Source, check_sources
 from nl_detectron.engine.coco.files import register_coco_files
+from nl_detectron.engine.coco.findings import UNREADABLE
 from nl_detectron.engine.coco.flipping import flip_pairs
 from nl_detectron.engine.coco.metadata import check_names, dataset_metadata
+
+logger = logging.getLogger("nl_detectron")
+IMAGE_SECONDS = 20.0  # to check the image files of a data set before a training
 
 
 def check_is_detector(cfg: CfgNode) -> None:
@@ -53,7 +59,7 @@ def register_custom_data(cfg: CfgNode, args: argparse.Namespace) -> None:
         if json_file is None:
             continue
         name = f"custom_{split}"
-        register_coco_files(name, json_file, image_dir, _required_keys(cfg, split))
+        register_coco_files(name, json_file, image_dir)
         cfg.DATASETS[split.upper()] = (name,)
         if split == "train" or (args.eval_only and not args.train_json):
             set_num_classes(cfg, name)
@@ -109,6 +115,63 @@ def validate_data_sets(cfg: CfgNode, training: bool, model: Mapping[str, Any]) -
             )
 
 
+def sources(cfg: CfgNode, training: bool) -> list[Source]:
+    """Return the data sets of a run that are COCO files, with what the model needs of them."""
+    splits: dict[str, list[str]] = {}
+    for split in ("train", "test") if training else ("test",):
+        for name in cfg.DATASETS[split.upper()]:
+            splits.setdefault(name, []).append(split)
+    found = []
+    for name, used in splits.items():
+        metadata = MetadataCatalog.get(name)
+        if not metadata.get("json_file") or not metadata.get("image_root"):
+            continue  # built by someone's code
+        polygons = cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon" and "train" in used
+        found.append(
+            Source(
+                PathManager.get_local_path(metadata.json_file),
+                PathManager.get_local_path(metadata.image_root),
+                tuple(used),
+                _required_keys(cfg, used),
+                "polygon" if polygons else "",
+            )
+        )
+    return found
+
+
+def check_data(
+    cfg: CfgNode, training: bool, treat: Mapping[str, str], max_bad_images: float
+) -> None:
+    """Check the files of a run's data sets, within a limited time; log warnings.
+
+    Args:
+        cfg: config of the run.
+        training: also check the data sets of ``DATASETS.TRAIN``.
+        treat: severities that differ from the usual ones.
+        max_bad_images: share of the training images that may be unreadable.
+
+    Raises:
+        OSError: a folder of images does not exist.
+        ValueError: there are errors in them.
+    """
+    used = sources(cfg, training)
+    *each, overlap = check_sources(used, IMAGE_SECONDS)
+    for source, findings in zip([*used, None], [*each, overlap]):
+        levels = treat
+        bad = sum(findings.counts.get(kind, 0) for kind in UNREADABLE)
+        if source and source.splits == ("train",) and bad <= max_bad_images * findings.files:
+            levels = dict.fromkeys(UNREADABLE, "warning") | dict(treat)
+        if warnings := findings.of_severity("warning", levels):
+            logger.warning("%s", findings.sentence(warnings))
+        if findings.unchecked:
+            logger.warning("%s: %s", findings.title, "; ".join(findings.notes))
+        if errors := findings.of_severity("error", levels):
+            raise ValueError(
+                f"{findings.sentence(errors)}; `nl-detectron check-data` lists everything, and "
+                f"--treat {errors[0]}=warning accepts it"
+            )
+
+
 def data_set_notes(cfg: CfgNode) -> list[str]:
     """Return messages about the data sets that the user should see in the log."""
     notes = []
@@ -127,14 +190,13 @@ def data_set_notes(cfg: CfgNode) -> list[str]:
     return notes
 
 
-def _required_keys(cfg: CfgNode, split: str) -> list[str]:
+def _required_keys(cfg: CfgNode, splits: Collection[str]) -> tuple[str, ...]:
     """Return the keys every annotation needs; otherwise a KeyError would follow much later."""
-    keys = ["area", "iscrowd"] if split == "test" else ["bbox"]
-    if cfg.MODEL.MASK_ON:
-        keys.append("segmentation")
+    test = "test" in splits
+    keys = ["area", "iscrowd"] * test + ["segmentation"] * cfg.MODEL.MASK_ON
     if cfg.MODEL.KEYPOINT_ON:
-        keys += ["keypoints", "num_keypoints"] if split == "test" else ["keypoints"]
-    return keys
+        keys += ["keypoints", *["num_keypoints"] * test]
+    return tuple(keys)
 
 
 def set_num_classes(cfg: CfgNode, name: str) -> None:

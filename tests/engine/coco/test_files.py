@@ -6,6 +6,7 @@ import json
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from pycocotools.coco import COCO
 
 from nl_detectron.engine.coco.files import register_coco_files
 
@@ -36,43 +37,47 @@ SOUND = {"images": [IMAGE], "annotations": [], "categories": [HAND]}
 
 
 @pytest.mark.parametrize(
-    ("content", "needs", "message"),
+    ("content", "message"),
     [
-        ("{", "", "not JSON"),
-        ("\xff", "", "not JSON"),
-        ("[1]", "", "no categories"),
-        ('{"images": [], "annotations": []}', "", "no categories"),
-        ({"categories": [{"name": "a"}]}, "", "no 'id' in category number 1, of 1"),
-        ({"categories": [HAND, {"id": 8}]}, "", "no 'name' in category number 2, of 2"),
-        ({"categories": ["hand"]}, "", "no 'id' in category number 1"),
-        ({"categories": [HAND, HAND | {"id": "8"}]}, "", r".*ids of different types: \[7, '8'\]"),
-        ({"categories": [HAND, HAND]}, "", r"duplicate category ids: \[7, 7\]"),
+        ("{", "not JSON"),
+        ("\xff", "not JSON"),
+        ("[1]", "no categories"),
+        ('{"images": [], "annotations": []}', "no categories"),
+        ({"categories": [{"name": "a"}]}, "no 'id' in category number 1, of 1"),
+        ({"categories": [HAND, {"id": 8}]}, "no 'name' in category number 2, of 2"),
+        ({"categories": ["hand"]}, "no 'id' in category number 1"),
+        ({"categories": [HAND, HAND | {"id": "8"}]}, r".*ids of different types: \[7, '8'\]"),
+        ({"categories": [HAND, HAND]}, r"duplicate category ids: \[7, 7\]"),
         (
             {"categories": [HAND, HAND | {"id": 8, "keypoints": ["a"]}]},
-            "",
             "categories with different keypoints",
         ),
-        ({"categories": [HAND | {"keypoints": ["a", "a"]}]}, "", "duplicate keypoint names"),
-        ({"images": [{"id": 1}]}, "", "no 'file_name' in image number 1"),
-        ({"annotations": [OBJECT | {"category_id": 8}]}, "", "no category 8, but annotation 5"),
-        ({"annotations": [OBJECT | {"bbox": []}]}, "", "no 'bbox' in annotation number 1"),
-        ({"annotations": [OBJECT]}, "area", "no 'area' in annotation number 1"),
-        ({"annotations": [OBJECT | {"iscrowd": 1}]}, "bbox", "no objects"),
-        ({}, "bbox", "no objects"),
-        (
-            {"annotations": [OBJECT | {"keypoints": [0] * 6, "num_keypoints": 0}]},
-            *("keypoints", "no objects with keypoints"),
-        ),
-        (
-            {"annotations": [OBJECT | {"keypoints": [0] * 5}]},
-            *("keypoints", "5 keypoint values in annotation 5, but category 7 needs 6"),
-        ),
+        ({"categories": [HAND | {"keypoints": ["a", "a"]}]}, "duplicate keypoint names"),
+        ({"categories": [HAND | {"keypoints": ["a", 1]}]}, r"'keypoints' .* number 1, of 1: \['a'"),
+        ({"categories": [HAND | {"skeleton": [[1, "2"]]}]}, r"'skeleton' .*: \[\[1, '2'\]\]"),
+        ({"categories": [HAND | {"id": [1]}]}, "'id' that is not valid in category number 1"),
+        ({"categories": [HAND | {"name": "\ud800"}]}, "'name' that is not valid"),
+        ({"images": {}}, "images that are not a list"),
+        ("[" * 10**5, "not JSON that Python can read: "),
+        ('{"categories": 1' + "0" * 5000 + "}", "not JSON that Python can read: .*4300 digits"),
     ],
 )
-def test_what_is_wrong_in_a_file(content, needs, message, write, tmp_path):
+def test_what_is_wrong_in_a_file(content, message, write, tmp_path):
     file = write(content if isinstance(content, str) else SOUND | content)
-    with pytest.raises(ValueError, match=f"'test_wrong': .*a.json (has|is) {message}"):
-        register_coco_files("test_wrong", file, str(tmp_path), needs.split())
+    with pytest.raises(ValueError, match=f"'test_wrong': .*a.json (has|is) (a )?{message}"):
+        register_coco_files("test_wrong", file, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "message"), [("utf-8-sig", "byte order mark"), ("utf-16", "in UTF-8")]
+)
+def test_encodings_that_pycocotools_does_not_read(encoding, message, tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(SOUND), encoding)
+    with pytest.raises(ValueError, match="BOM|can't decode"):
+        COCO(file)
+    with pytest.raises(ValueError, match=message):
+        register_coco_files("test_wrong", str(file), str(tmp_path))
 
 
 def test_other_files(custom_data, write, tmp_path):
