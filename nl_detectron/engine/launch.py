@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from nl_detectron.engine.console import errors_without_traceback, suppress_detectron2_warnings
+from nl_detectron.engine.lock import run_lock
 
 Main = Callable[[argparse.Namespace], Any]
 
@@ -30,7 +33,7 @@ def launch(
     """Run ``main(args)`` in as many processes as the arguments ask for, on GPUs or on the CPU.
 
     Invalid arguments, configs, data sets and weights end the program with a one-line message before
-    anything else is printed.
+    anything else is printed, as does another run in the same ``OUTPUT_DIR``.
 
     Args:
         main: runs in every process.
@@ -43,7 +46,11 @@ def launch(
             cfg = read_config(args)
             processes = _number_of_processes(args, cfg)
             _check_output(cfg)
-            check(args, cfg)
+            with ExitStack() as stack:
+                if args.machine_rank == 0:
+                    stack.enter_context(run_lock(cfg.OUTPUT_DIR))
+                check(args, cfg)
+        main = functools.partial(_run_locked, main, cfg.OUTPUT_DIR)
         world_size = processes * args.num_machines
         if world_size == 1:
             main(args)
@@ -54,6 +61,18 @@ def launch(
         else:
             machines = (args.num_machines, args.machine_rank, args.dist_url)
             engine.launch(main, processes, *machines, args=(args,))
+
+
+def _run_locked(main: Main, folder: str, args: argparse.Namespace) -> None:
+    """Run ``main`` while the main process holds the lock of the output folder.
+
+    It is not the process that starts the others, because they may outlive that one.
+    """
+    with ExitStack() as stack:
+        if comm.is_main_process():
+            with errors_without_traceback():
+                stack.enter_context(run_lock(folder))
+        main(args)
 
 
 def _number_of_processes(args: argparse.Namespace, cfg: CfgNode) -> int:
