@@ -10,6 +10,9 @@ from typing import Any
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.utils.file_io import PathManager
+
+from nl_detectron.safety.configs import check_config
 
 STAGES = ("res2", "res3", "res4", "res5")
 
@@ -89,26 +92,35 @@ def load_config(
     path: str | Path,
     options: Sequence[Any] = (),
     get_config: Callable[[], CfgNode] = default_config,
+    *,
+    allow_remote: bool = False,
 ) -> CfgNode:
-    """Read a YAML config; without CUDA, change ``MODEL.DEVICE`` from "cuda" to "cpu".
+    """Read a YAML config, without running code; without CUDA, change ``MODEL.DEVICE`` to "cpu".
 
     Args:
         path: the file.
         options: config keys and values in turn, which override the file.
         get_config: makes the config with all keys and defaults; another task has other keys.
+        allow_remote: download bases (``_BASE_``) that are URLs.
 
     Raises:
-        ValueError: no such file, not YAML, or an unknown key; the message suggests a known one.
+        OSError: a base cannot be downloaded.
+        ValueError: no such file, not YAML, a value that could run code, or an unknown key; the
+            message suggests a known one.
     """
     cfg = get_config()
     if Path(path).suffix == ".py":
-        raise ValueError(f"{path} is a LazyConfig; give the YAML config beside it")
+        raise ValueError(
+            f"{path} is a LazyConfig, which is code that would have to be run to read it; give the "
+            "YAML config beside it"
+        )
+    check_config(path, PathManager.get_local_path if allow_remote else None)
     try:
-        cfg.merge_from_file(str(path))
+        cfg.merge_from_file(str(path), allow_unsafe=False)
         cfg.merge_from_list(list(options))
     except (AssertionError, KeyError) as error:
         raise ValueError(_with_nearest_key(cfg, error)) from error
-    except (AttributeError, TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (AttributeError, MemoryError, RecursionError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is not a YAML config: {error}") from error
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"

@@ -16,6 +16,7 @@ import argparse
 from pathlib import Path
 
 from nl_detectron_cli.arguments import (
+    add_allow_remote,
     add_integer,
     add_opts,
     at_least,
@@ -35,6 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="YAML config, or its name in the model zoo; repeatable, to compare with the first "
         "(default: the model zoo without quick_schedules)",
     )
+    add_allow_remote(parser)
     parser.add_argument(
         "--image-size",
         type=at_least(1),
@@ -82,7 +84,10 @@ def main(argv: list[str] | None = None) -> None:
 
     paths = args.config_file or full_configs()
     with errors_without_traceback(), model_errors():
-        configs = [(Path(path).stem, load_config(path, args.opts)) for path in paths]
+        configs = [
+            (Path(path).stem, load_config(path, args.opts, allow_remote=args.allow_remote))
+            for path in paths
+        ]
         for _, cfg in configs:
             build_meta_model(cfg)
     image_size, clip_size = tuple(args.image_size), tuple(args.clip_size)

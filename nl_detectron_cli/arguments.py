@@ -58,14 +58,23 @@ def command_parser(description: str) -> argparse.ArgumentParser:
 
 
 def add_config_file(
-    parser: argparse._ActionsContainer,
+    parser: argparse.ArgumentParser,
     help: str = "YAML config, or its name in the model zoo",
     *,
     required: bool = True,
+    group: argparse._ActionsContainer | None = None,
 ) -> None:
-    """Add ``--config-file``."""
-    parser.add_argument(
+    """Add ``--config-file``, to ``group`` if it is given, and ``--allow-remote``."""
+    (group or parser).add_argument(
         "--config-file", type=config_file, required=required, metavar="FILE", help=help
+    )
+    add_allow_remote(parser)
+
+
+def add_allow_remote(parser: argparse._ActionsContainer) -> None:
+    """Add ``--allow-remote``."""
+    parser.add_argument(
+        "--allow-remote", action="store_true", help="download bases of the config that are URLs"
     )
 
 

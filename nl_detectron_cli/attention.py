@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     from nl_detectron.non_local import find_blocks
 
     with errors_without_traceback():
-        cfg = load_config(args.config_file, args.opts)
+        cfg = load_config(args.config_file, args.opts, allow_remote=args.allow_remote)
         metadata = model_metadata(cfg, args.weights)
         joints = joint_indices(args.joint, cfg, metadata)
         queries = QuerySpec(args.query, joints, args.block, args.score_threshold)

@@ -72,10 +72,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     config = parser.add_mutually_exclusive_group()
     add_config_file(
-        config,
+        parser,
         "YAML config that specifies the blocks, or its name in the model zoo; blocks missing from "
         "the weights are added, and a network for video must be that of the config",
         required=False,
+        group=config,
     )
     config.add_argument(
         "--write-config",
@@ -97,7 +98,10 @@ def main(argv: list[str] | None = None) -> None:
     from nl_detectron.weights.video_config import video_config
 
     with errors_without_traceback():
-        config = ConfigModel(load_config(args.config_file)) if args.config_file else None
+        config = None
+        if args.config_file:
+            cfg = load_config(args.config_file, allow_remote=args.allow_remote)
+            config = ConfigModel(cfg)
         pooling = args.pooling or (config.pooling if config else None)
 
         def options(name: str) -> dict[str, Any]:

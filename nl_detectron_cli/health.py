@@ -44,7 +44,8 @@ def main(argv: list[str] | None = None) -> None:
     from nl_detectron.non_local import find_blocks
 
     with errors_without_traceback():
-        predictor = build_predictor(load_config(args.config_file, args.opts), args.weights)
+        cfg = load_config(args.config_file, args.opts, allow_remote=args.allow_remote)
+        predictor = build_predictor(cfg, args.weights)
         blocks = find_blocks(predictor.model, "*")
         inputs = predictor.open(args.input)
 

@@ -75,7 +75,8 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "subset.json"
         path.write_text(json.dumps(subset))
-        arguments = ["--config-file", args.config_file, *["--resume"] * args.resume]
+        flags = {"--resume": args.resume, "--allow-remote": args.allow_remote}
+        arguments = ["--config-file", args.config_file, *[flag for flag in flags if flags[flag]]]
         for split in ("train", "test"):
             arguments += [f"--{split}-json", str(path), f"--{split}-images", args.images]
         train.main(arguments + args.opts)

@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     with contextlib.ExitStack() as files:
         files.enter_context(suppress_detectron2_warnings())
         with errors_without_traceback():
-            cfg = load_config(args.config_file, args.opts)
+            cfg = load_config(args.config_file, args.opts, allow_remote=args.allow_remote)
             check_is_detector(cfg)
             cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = args.score_threshold
             cfg.MODEL.RETINANET.SCORE_THRESH_TEST = args.score_threshold

@@ -21,6 +21,7 @@ CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 # The modules of a room, each of which imports only from those before it, and the rooms, each of
 # which imports only from those named with it.
 ROOMS = {
+    "safety": "pickles checkpoints configs",
     "": "paths ops config norm parts non_local backbone keypoint_head __init__ env",
     "model_zoo": "files model_zoo",
     "weights": "networks dialects names video blocks files convert report config_model "
@@ -32,7 +33,8 @@ ROOMS = {
     "coco.image_files coco.checking coco.metadata coco.data_sets coco.evaluation coco.results "
     "coco.trainer",
 }
-ALLOWED = {"": []} | dict.fromkeys(("model_zoo", "weights", "analysis", "engine"), [""])
+ALLOWED = {"safety": [], "": ["safety"]}
+ALLOWED |= dict.fromkeys(("model_zoo", "weights", "analysis", "engine"), ["safety", ""])
 
 
 def module_name(path):
@@ -105,8 +107,15 @@ def test_weights_are_converted_without_a_model():
     """Only for a config is one built, or read."""
     for module in ROOMS["weights"].split()[:-2]:
         name = f"weights.{module}"
-        assert all(imported.startswith("weights.") for imported in own_imports(name))
+        assert all(imported.startswith(("weights.", "safety.")) for imported in own_imports(name))
         assert packages(MODULES[name]) - sys.stdlib_module_names <= {"torch", "numpy", PACKAGE.name}
+
+
+def test_safe_reading_needs_no_detector():
+    third_party = {"torch", "numpy", "yaml"}
+    for module in ROOMS["safety"].split():
+        path = MODULES[f"safety.{module}"]
+        assert packages(path) - sys.stdlib_module_names <= third_party | {PACKAGE.name}
 
 
 def test_hook_imports_nothing_before_it_is_called():

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
@@ -25,6 +23,7 @@ from nl_detectron.engine.checkpoint_files import (
     write_atomically,
 )
 from nl_detectron.non_local import find_blocks
+from nl_detectron.safety.checkpoints import checked_torch_file, one_kind_of_error, read
 
 METADATA_FILE = "metadata.json"
 _NUMBER = re.compile(r"\.(\d+)(?=\.)")
@@ -140,15 +139,19 @@ class StrictCheckpointer(DetectionCheckpointer):
             raise ValueError(f"weights {path}: {error}") from error
 
     def _load_file(self, filename: str) -> Any:
-        check_records(filename)
-        try:
-            return super()._load_file(filename)
-        except OSError:
-            raise
-        except pickle.UnpicklingError as error:
-            raise ValueError("the file holds objects other than tensors") from error
-        except Exception as error:  # broken files raise many kinds of errors
-            raise ValueError(f"the file cannot be read as a checkpoint: {error!r}") from error
+        if not filename.endswith(".pkl"):
+            with checked_torch_file(filename):
+                check_records(filename)
+                with one_kind_of_error():
+                    return super()._load_file(filename)
+        data = read(filename)  # the stock method runs code that a pickle contains
+        if not isinstance(data, dict):
+            raise ValueError(f"it holds a {type(data).__name__}, not a dictionary of named arrays")
+        if "model" in data and "__author__" in data:
+            return data
+        blobs = data.get("blobs", data)
+        weights = {name: blob for name, blob in blobs.items() if not name.endswith("_momentum")}
+        return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """As in ``DetectionCheckpointer``, but never resume from another model's checkpoint."""
@@ -288,7 +291,7 @@ def stored_metadata(weights: str) -> dict[str, Any]:
         return {}
     try:
         path = PathManager.get_local_path(weights)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = read(path, mmap=True)
     except Exception:  # the error is reported when the weights are loaded
         return {}
     sidecar = Path(path).with_name(METADATA_FILE)

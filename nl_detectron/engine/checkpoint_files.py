@@ -15,10 +15,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
-import torch
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from torch import Tensor
+
+from nl_detectron.safety.checkpoints import read
 
 logger = logging.getLogger("nl_detectron")
 
@@ -208,7 +209,7 @@ def _open(path: str) -> dict[str, Any]:
             for record in archive.namelist():
                 if record.endswith("/data.pkl"):
                     archive.read(record)  # compares its checksum
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = read(path, mmap=True)
     except Exception as error:  # damaged files raise many kinds of errors
         raise ValueError("the file is truncated or damaged") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model", {}), dict):

@@ -45,7 +45,7 @@ def get_config(config_path: str, trained: bool = False) -> Any:
         return LazyConfig.load(file)
     cfg = get_cfg()
     add_non_local_config(cfg)
-    cfg.merge_from_file(file)
+    cfg.merge_from_file(file, allow_unsafe=False)
     return cfg
 
 

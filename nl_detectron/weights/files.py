@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import pickle
-import re
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nl_detectron.safety.checkpoints import read, safetensors
 from nl_detectron.weights.dialects import DIALECTS, Dialect
 
 SUFFIXES = (".pth", ".pt", ".pyth", ".pkl", ".safetensors")
-
-# What pickled arrays and containers of them refer to; nothing here can run other code.
-_SAFE_GLOBALS = {
-    ("collections", "OrderedDict"),
-    ("_codecs", "encode"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    *((f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")),
-    *((f"numpy.{core}.multiarray", "scalar") for core in ("core", "_core")),
-    *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
-}
-
-_REFUSAL = (
-    "it contains {}; only tensors, arrays, numbers, strings, and dictionaries and lists of them "
-    "are loaded, because anything else could run code"
-)
 
 
 def load(path: str | Path) -> tuple[dict[str, Any], list[str]]:
     """Load the state dict of a checkpoint.
 
-    ``.pth``, ``.pt`` and ``.pyth`` are loaded with ``torch.load(weights_only=True)``, ``.pkl`` with
-    an unpickler that accepts only arrays, numbers, strings and containers of them.
+    No file can run code: see :func:`nl_detectron.safety.checkpoints.read`.
 
     Returns:
         The state dict, and the names of the other entries in the file.
@@ -52,12 +34,9 @@ def load(path: str | Path) -> tuple[dict[str, Any], list[str]]:
     path = check_suffix(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    reader = _READERS.get(path.suffix, _load_torch)
     try:
-        data = reader(path)
-    except ModuleNotFoundError:
-        raise
-    except Exception as error:  # a damaged file raises almost anything
+        data = read(path)
+    except ValueError as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     known_keys = {dialect.state_dict_key for dialect in DIALECTS.values()}
     other_entries: list[str] = []
@@ -82,7 +61,7 @@ def save(state: Mapping[str, Tensor], path: str | Path, dialect: Dialect) -> Non
     """
     path = check_suffix(path)
     if path.suffix == ".safetensors":
-        _safetensors().save_file(dict(state), path)
+        safetensors().save_file(dict(state), path)
         return
     values: dict[str, Any] = dict(state)
     if path.suffix == ".pkl":
@@ -116,38 +95,3 @@ def check_suffix(path: str | Path) -> Path:
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: the suffix must be one of {SUFFIXES}, got {path.suffix!r}")
     return path
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _SAFE_GLOBALS:
-            raise pickle.UnpicklingError(_REFUSAL.format(f"{module}.{name}"))
-        return super().find_class(module, name)
-
-
-def _load_torch(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        # torch's own message ends with the advice to set weights_only=False.
-        reason = _REFUSAL.format(refused[1]) if refused else "it is damaged, or not a checkpoint"
-        raise pickle.UnpicklingError(reason) from None
-
-
-def _load_pickle(path: Path) -> Any:
-    with path.open("rb") as f:
-        return _ArrayUnpickler(f, encoding="latin1").load()  # for arrays of Python 2
-
-
-def _safetensors() -> Any:
-    try:
-        return import_module("safetensors.torch")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            ".safetensors files need the package safetensors: pip install safetensors",
-            name=error.name,
-        ) from None
-
-
-_READERS = {".pkl": _load_pickle, ".safetensors": lambda path: _safetensors().load_file(path)}

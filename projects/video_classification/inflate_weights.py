@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 
-from nl_detectron_cli.arguments import add_opts, command_parser
+from nl_detectron_cli.arguments import add_config_file, add_opts, command_parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -20,7 +20,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="checkpoint to write, .pth")
     libraries = ("torchvision", "timm", "detectron2", "caffe2", "nl_detectron")
     parser.add_argument("--from", required=True, choices=libraries, dest="source")
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML config")
+    add_config_file(parser)
     add_opts(parser)
     return parser.parse_args(argv)
 
@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     from nl_detectron.weights import DIALECTS, save
 
     with errors_without_traceback(), model_errors():
-        cfg = load_config(args.config_file, args.opts, default_video_config)
+        remote = args.allow_remote
+        cfg = load_config(args.config_file, args.opts, default_video_config, allow_remote=remote)
         backbone = build_backbone(without_blocks(cfg))
         load_image_weights(backbone, args.input, args.source)
         state = backbone.state_dict()

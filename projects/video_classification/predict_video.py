@@ -115,7 +115,8 @@ def main(argv: list[str] | None = None) -> None:
     from nl_detectron.engine.frames import Video, Videos, make_output_folder, print_summary
 
     with errors_without_traceback():
-        cfg = load_config(args.config_file, args.opts, default_video_config)
+        remote = args.allow_remote
+        cfg = load_config(args.config_file, args.opts, default_video_config, allow_remote=remote)
         names = class_names(cfg, args)
         videos = Video(args.input) if is_webcam(args.input) else Videos(Path(args.input))
         source = Path(args.input)

@@ -71,7 +71,10 @@ class TestMistakes:
             ),
             ("MODEL.RESNETS.DEPTH 51", "the config does not build a model: .*51"),
             ("MODEL.WEIGHTS lost.pth", "weights lost.pth: .*not found"),
-            (f"MODEL.WEIGHTS {__file__}", "weights .*test_launch.py: the file holds objects other"),
+            (
+                f"MODEL.WEIGHTS {__file__}",
+                "weights .*test_launch.py: it is damaged, or not a checkpoint",
+            ),
             ("MODEL.WEIGHTS r34.pth", "weights r34.pth: the checkpoint holds .*another depth"),
             (f"OUTPUT_DIR {__file__}/output", "OUTPUT_DIR .*output cannot be written to"),
             ("--num-processes 3", "SOLVER.IMS_PER_BATCH must be a multiple .* 3; got 2"),

@@ -63,10 +63,10 @@ def read_config(args: argparse.Namespace) -> CfgNode:
         FileNotFoundError: a file does not exist.
         ValueError: anything else is invalid.
     """
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(args.config_file, args.opts, allow_remote=args.allow_remote)
     check_is_detector(cfg)
     if args.scale_lr:
-        scale_schedule(cfg, load_config(args.config_file), args.opts[::2])
+        scale_schedule(cfg, _file_config(args), args.opts[::2])
     register_custom_data(cfg, args)
     weights, resuming = checkpoint_to_load(cfg, args.resume)
     if args.eval_only and not weights:
@@ -84,8 +84,12 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = read_config(args)
     setup_run(cfg, args)
     if args.scale_lr:
-        table = schedule_table(cfg, load_config(args.config_file), args.opts[::2])
+        table = schedule_table(cfg, _file_config(args), args.opts[::2])
         logger.info("The schedule, scaled to the batch size:\n%s", table)
     for note in data_set_notes(cfg):
         logger.info(note)
     return cfg
+
+
+def _file_config(args: argparse.Namespace) -> CfgNode:
+    return load_config(args.config_file, allow_remote=args.allow_remote)

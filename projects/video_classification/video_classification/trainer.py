@@ -207,7 +207,8 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     Raises:
         ValueError: an argument, a key, a file or the data is invalid.
     """
-    cfg = load_config(args.config_file, args.opts, default_video_config)
+    remote = args.allow_remote
+    cfg = load_config(args.config_file, args.opts, default_video_config, allow_remote=remote)
     if args.scale_lr:
         scale_schedule(cfg, _file_config(args), args.opts[::2])
     weights, resuming = checkpoint_to_load(cfg, args.resume)
@@ -235,7 +236,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 
 def _file_config(args: argparse.Namespace) -> CfgNode:
-    return load_config(args.config_file, get_config=default_video_config)
+    remote = args.allow_remote
+    return load_config(args.config_file, (), default_video_config, allow_remote=remote)
 
 
 def _check_parts(cfg: CfgNode, processes: int) -> None:
