@@ -28,7 +28,8 @@ ROOMS = {
     "video_config",
     "analysis": "geometry drawing.colors drawing.strip drawing.canvas drawing.figures attention "
     "queries health cost detector_cost",
-    "engine": "console frames options checkpoint_files lock checkpoint predictor schedule step "
+    "engine": "console frames options randomness history loader precise_bn "
+    "checkpoint_files lock checkpoint predictor schedule step "
     "trainer ablation launch coco.flipping coco.findings coco.files coco.annotations "
     "coco.image_files coco.checking coco.metadata coco.data_sets coco.evaluation coco.results "
     "coco.trainer",

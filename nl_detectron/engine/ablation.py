@@ -7,7 +7,7 @@ on a deterministic device. Any later difference comes from the blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,12 +55,6 @@ class PairedTrainer(StrictTrainer):
         baseline = build_model(cls.without_blocks(cfg))
         model.load_state_dict(baseline.state_dict(), strict=False)
         return model
-
-    @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> Iterable:
-        """Build the data loader; from here on, both models draw the same random numbers."""
-        _seed(cfg)  # image order, augmentations, and sampling in the losses
-        return super().build_train_loader(cfg)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, build_detection_test_loader
 from detectron2.modeling.backbone import FPN
 from torch import nn
 
@@ -21,6 +22,12 @@ from nl_detectron.engine.coco.data_sets import (
 )
 from nl_detectron.engine.coco.evaluation import Evaluator
 from nl_detectron.engine.coco.metadata import dataset_metadata
+from nl_detectron.engine.loader import (
+    ReadOrError,
+    TestLoader,
+    TrainLoader,
+    build_train_loader,
+)
 from nl_detectron.engine.schedule import scale_schedule, schedule_table
 from nl_detectron.engine.trainer import StrictTrainer, setup_run
 
@@ -45,6 +52,17 @@ class CocoTrainer(StrictTrainer):
         if cfg.MODEL.KEYPOINT_ON and cfg.TEST.KEYPOINT_OKS_SIGMAS:
             metadata["keypoint_oks_sigmas"] = list(cfg.TEST.KEYPOINT_OKS_SIGMAS)
         return metadata
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
+        """Return the loader of training images."""
+        return build_train_loader(cfg, DatasetMapper(cfg, is_train=True))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> TestLoader:
+        """Return the loader of a test set; one that cannot be read ends the evaluation."""
+        mapper = ReadOrError(DatasetMapper(cfg, is_train=False))
+        return TestLoader(build_detection_test_loader(cfg, dataset_name, mapper=mapper))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> Evaluator:

@@ -39,7 +39,7 @@ def view(label, rank, classes=6):
 @pytest.fixture
 def evaluator(video_cfg, tmp_path):
     video_cfg.OUTPUT_DIR = str(tmp_path)
-    video_cfg.DATALOADER.MAX_UNREADABLE = 0.25
+    video_cfg.TEST.MAX_UNREADABLE = 0.25
 
     def evaluator(classes=CLASSES, **options):
         MetadataCatalog.pop("test_evaluation", None)

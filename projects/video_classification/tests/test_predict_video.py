@@ -80,7 +80,7 @@ def predict(files):
 @pytest.mark.parametrize("combine", ["mean", "max"])
 def test_scores_are_those_of_the_evaluation(combine, cfg, model, files, predict):
     cfg.TEST.VIEWS.COMBINE, cfg.OUTPUT_DIR = combine, str(files / "evaluation")
-    cfg.DATASETS.TEST, cfg.DATALOADER.MAX_UNREADABLE = ("predicted",), 0.5
+    cfg.DATASETS.TEST, cfg.TEST.MAX_UNREADABLE = ("predicted",), 0.5
     register_folder("predicted", files / "data")
     VideoTrainer.test(cfg, model)
     (results,) = (files / "evaluation").rglob("results.json")

@@ -91,7 +91,7 @@ train_net.main(sys.argv[1:])
 def test_killed_and_resumed(videos, tmp_path):
     """Bit for bit as without the kill; and the score is what --eval-only finds."""
     flags = data(videos, "train", "test")
-    options = "SOLVER.ACCUMULATE 2 DATALOADER.MAX_UNREADABLE 0.2 TEST.EVAL_PERIOD 4"
+    options = "SOLVER.ACCUMULATE 2 TEST.MAX_UNREADABLE 0.2 TEST.EVAL_PERIOD 4"
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train_net.main(arguments(flags, "OUTPUT_DIR", whole) + options.split())
     path = os.pathsep.join([str(ROOT), str(PROJECT)])
@@ -255,7 +255,7 @@ def test_with_and_without_blocks(videos, tmp_path, capsys):
     """Same weights, clips and dropout: the losses are equal until the blocks have learned."""
     options = """MODEL.BACKBONE.NAME build_non_local_resnet3d_backbone SOLVER.MAX_ITER 3
         MODEL.NON_LOCAL.AFTER_BLOCKS.RES3 (0,) MODEL.NON_LOCAL.AFTER_BLOCKS.RES4 ()
-        DATALOADER.MAX_UNREADABLE 0.2"""
+        TEST.MAX_UNREADABLE 0.2"""
     flags = f"{data(videos, 'train', 'test')} OUTPUT_DIR {tmp_path}"
     ab.main(arguments(flags) + options.split())
     report = json.loads((tmp_path / "ab.json").read_text())
@@ -340,7 +340,7 @@ def test_classes_are_the_models(videos, tmp_path):
     names = ["black", "blue", "green", "red"]
     torch.save({"model": build_model(cfg).state_dict(), "metadata": {"classes": names}}, weights)
     flags = f"--eval-only {data(videos, 'test')}"
-    options = f"MODEL.WEIGHTS {weights} OUTPUT_DIR {tmp_path} DATALOADER.MAX_UNREADABLE 0.2"
+    options = f"MODEL.WEIGHTS {weights} OUTPUT_DIR {tmp_path} TEST.MAX_UNREADABLE 0.2"
     train_net.main(arguments(flags, options))
     table = [(row["class"], row["videos"]) for row in result(tmp_path)["classes"]]
     assert table == [("black", 0), ("blue", 2), ("green", 2), ("red", 2)]

@@ -78,8 +78,8 @@ def add_video_config(cfg: CfgNode) -> None:
     cfg.TEST.VIEWS = CfgNode(_TEST_VIEWS)
     # Parts that a batch is processed in, one after the other, to save memory; gradients add up.
     cfg.SOLVER.ACCUMULATE = 1
-    # Share of the videos of a data set that may be unreadable; more end the run.
-    cfg.DATALOADER.MAX_UNREADABLE = 0.1
+    # Share of the videos of a test set that may be unreadable; more end the test.
+    cfg.TEST.MAX_UNREADABLE = 0.1
     # Decoded videos that each process keeps in memory, for small data sets of short videos.
     cfg.DATALOADER.CACHE_VIDEOS = 0
 

@@ -50,7 +50,7 @@ class VideoEvaluator(DatasetEvaluator):
         self.classes = list(MetadataCatalog.get(dataset_name).classes)
         self.multi_label = cfg.MODEL.VIDEO.HEAD.MULTI_LABEL
         self.combine = cfg.TEST.VIEWS.COMBINE
-        self.max_unreadable = cfg.DATALOADER.MAX_UNREADABLE
+        self.max_unreadable = cfg.TEST.MAX_UNREADABLE
         self.protocol = _protocol(cfg)
         self.folder = Path(cfg.OUTPUT_DIR) / "inference" / dataset_name
         self.reset()
@@ -97,7 +97,7 @@ class VideoEvaluator(DatasetEvaluator):
             ``{"video": scores by name}``; ``None`` except in the main process.
 
         Raises:
-            ValueError: more videos are unreadable than ``DATALOADER.MAX_UNREADABLE`` allows, in
+            ValueError: more videos are unreadable than ``TEST.MAX_UNREADABLE`` allows, in
                 every process.
         """
         unreadable = list(itertools.chain(*comm.all_gather(self._unreadable)))
@@ -228,7 +228,7 @@ def _check_unreadable(
     if len(unreadable) > allowed * total:
         raise ValueError(
             f"{len(unreadable)} of {total} videos of {name} cannot be read, more than the share "
-            f"that DATALOADER.MAX_UNREADABLE allows, {allowed:g}: {_name_files(unreadable)}"
+            f"that TEST.MAX_UNREADABLE allows, {allowed:g}: {_name_files(unreadable)}"
         )
 
 

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import hooks
 from detectron2.solver.build import (
     get_default_optimizer_params,
     maybe_add_gradient_clipping,
@@ -41,11 +40,7 @@ MIN_CLIPS = 4
 
 
 class VideoTrainer(StrictTrainer):
-    """Trains video classifiers, and scores them on many views of each video.
-
-    With a ``SEED``, everything random in an iteration depends on the seed and the number of the
-    iteration alone. A resumed training then ends with the weights of an uninterrupted one.
-    """
+    """Trains video classifiers, and scores them on many views of each video."""
 
     metrics = {"video/top1": "top-1", "video/top5": "top-5", "video/mAP": "mAP"}
 
@@ -113,51 +108,9 @@ class VideoTrainer(StrictTrainer):
                 dist.broadcast(buffer, 0)
         return super().test(cfg, MultiViewClassifier(model, cfg.TEST.VIEWS.BATCH_SIZE), evaluators)
 
-    def build_hooks(self) -> list:
-        """Build the stock hooks, with the same clips for every run of precise batch norm."""
-        test = self.cfg.TEST
-        return [
-            SameClipsPreciseBN(
-                test.EVAL_PERIOD, self.model, hook._data_loader, test.PRECISE_BN.NUM_ITER
-            )
-            if isinstance(hook, hooks.PreciseBN)
-            else hook
-            for hook in super().build_hooks()
-        ]
-
-    def resume_or_load(self, resume: bool = True) -> None:
-        """See ``DefaultTrainer``; the data continue where the checkpoint was saved."""
-        super().resume_or_load(resume)
-        self.data_loader.start = self.start_iter
-
-    def run_step(self) -> None:
-        """Train on one batch."""
-        if self.cfg.SEED >= 0:  # for dropout; the loader has its own
-            torch.manual_seed(hash((self.cfg.SEED, self.iter, comm.get_rank())) % 2**63)
-        super().run_step()
-
 
 class PairedVideoTrainer(PairedTrainer, VideoTrainer):
     """Trains a classifier with or without non-local blocks, from identical initial weights."""
-
-
-class SameClipsPreciseBN(hooks.PreciseBN):
-    """Precise batch norm on the same clips every time, whether the training was resumed or not.
-
-    Statistics of all processes are averaged (video-nonlocal-net: lib/utils/bn_helper.py).
-    """
-
-    def update_stats(self) -> None:
-        """Compute the statistics."""
-        self._data_iter = None
-        super().update_stats()
-        if comm.get_world_size() > 1:
-            for norm in get_bn_modules(self._model):
-                square = norm.running_var + norm.running_mean**2
-                for moment in (norm.running_mean, square):
-                    dist.all_reduce(moment)
-                    moment /= comm.get_world_size()
-                norm.running_var = square - norm.running_mean**2
 
 
 def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:

@@ -73,12 +73,11 @@ class VideoMapper:
             sampling.test_clips(views.STARTS, 1, *self._clip, views.NUM_CLIPS)
             transforms.test_crops(self._side, self._side, *self._crops)
 
-    def __call__(self, record: Record, rng: np.random.RandomState = np.random) -> dict[str, Any]:
-        """Decode the video of a record.
+    def __call__(self, record: Record) -> dict[str, Any]:
+        """Decode the video of a record; NumPy's global generator chooses the clip in training.
 
         Args:
             record: of a data set.
-            rng: source of random numbers, in training.
 
         Returns:
             In training: "video", a clip (3, T, H, W), uint8; "label"; "file_name". In testing:
@@ -92,23 +91,23 @@ class VideoMapper:
         """
         result = {"file_name": record["file_name"], "label": record["label"]}
         if self.is_train:
-            return result | self._random_clip(record, rng)
+            return result | self._random_clip(record)
         try:
             video = open_video(record["file_name"], self._cache_size)
             return result | self.views(video, record)
         except UnreadableVideo as error:
             return result | {"error": str(error)}
 
-    def _random_clip(self, record: Record, rng: np.random.RandomState) -> dict[str, Any]:
+    def _random_clip(self, record: Record) -> dict[str, Any]:
         video = open_video(record["file_name"], self._cache_size)
         first, count = _frame_range(video, record)
-        numbers = first + sampling.training_clip(count, *self._clip, rng)
-        side = transforms.random_side(self._sides, self._sampling, rng)
+        numbers = first + sampling.training_clip(count, *self._clip, np.random)
+        side = transforms.random_side(self._sides, self._sampling, np.random)
         images = video.read(numbers, lambda image: transforms.resize(image, side))
         if self._crop:
-            y, x, height, width = transforms.random_crop(*images.shape[1:3], self._crop, rng)
+            y, x, height, width = transforms.random_crop(*images.shape[1:3], self._crop, np.random)
             images = images[:, y : y + height, x : x + width]
-        if self._flip == "horizontal" and rng.rand() < 0.5:
+        if self._flip == "horizontal" and np.random.rand() < 0.5:
             images = transforms.flip(images)
         result = {"video": self.to_tensor(images)}
         if "actions" in record:
