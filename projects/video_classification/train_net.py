@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from nl_detectron_cli.arguments import training_parser
+from nl_detectron_cli.arguments import run_options, training_parser
 from nl_detectron_cli.threads import limit_thread_spinning
 from nl_detectron_cli.train import check_model, parse_training, train_model
 
@@ -63,7 +63,9 @@ def train(args: argparse.Namespace) -> Any:
     cfg = setup(args)
     if not args.benchmark_loader:
         return train_model(VideoTrainer, args, cfg)
-    speed = benchmark_loader(build_train_loader(cfg), args.benchmark_loader)
+    loader = build_train_loader(cfg)
+    loader.max_unreadable = run_options(args).max_bad_images
+    speed = benchmark_loader(loader, args.benchmark_loader)
     if comm.is_main_process():
         print(speed)
     return speed
