@@ -62,8 +62,10 @@ def check_models(
     from nl_detectron.config import without_blocks
     from nl_detectron.engine.ablation import VARIANTS
     from nl_detectron.engine.checkpoint_files import check_nothing_is_overwritten
+    from nl_detectron.engine.checkpoint_hooks import check_metric
     from nl_detectron.non_local import find_blocks
 
+    check_metric(args.keep_best, cfg, trainer_class.metrics)
     options = load_options(args)
     if not find_blocks(trainer_class.dry_run(cfg, resume=False, **options)):
         raise ValueError(

@@ -39,10 +39,11 @@ def parse_training(
         minimum=0,
     )
     args = parser.parse_args(argv)
-    if args.eval_only and (args.allow_missing or args.strip_blocks or args.scale_lr):
+    for_training = args.allow_missing or args.strip_blocks or args.scale_lr
+    if args.eval_only and (for_training or args.keep_last or args.keep_best):
         parser.error(
-            "--allow-missing, --allow-partial, --strip-blocks and --scale-lr are for training; "
-            "--eval-only needs the complete checkpoint of a training"
+            "--allow-missing, --allow-partial, --strip-blocks, --scale-lr, --keep-last and "
+            "--keep-best are for training; --eval-only needs the complete checkpoint of a training"
         )
     return args
 
@@ -67,8 +68,10 @@ def check_coco_data(args: argparse.Namespace, cfg: CfgNode) -> None:
 def check_model(trainer_class: type[StrictTrainer], args: argparse.Namespace, cfg: CfgNode) -> None:
     """Check the model of a task in the same way."""
     from nl_detectron.engine.checkpoint_files import check_nothing_is_overwritten
+    from nl_detectron.engine.checkpoint_hooks import check_metric
     from nl_detectron.non_local import find_blocks
 
+    check_metric(args.keep_best, cfg, trainer_class.metrics)
     if not (args.eval_only or args.resume):
         check_nothing_is_overwritten(cfg.OUTPUT_DIR)
     model = trainer_class.dry_run(cfg, args.resume, **load_options(args))

@@ -87,14 +87,14 @@ class StrictCheckpointer(DetectionCheckpointer):
         """Save the model, its checkpointables and the metadata.
 
         Raises:
-            ValueError: a weight is not finite.
+            FloatingPointError: a weight is not finite.
             OSError: the checkpoint cannot be written; earlier ones are intact.
         """
         if not self.save_dir or not self.save_to_disk:
             return
         path = os.path.join(self.save_dir, f"{name}.pth")
         if names := non_finite_tensors(self.model.state_dict()):
-            raise ValueError(
+            raise FloatingPointError(
                 f"{path} is not saved, because the weights are not finite: {_abbreviate(names)}; "
                 f"{self._last_saved()}"
             )

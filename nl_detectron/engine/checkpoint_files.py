@@ -167,7 +167,7 @@ def _newest_checkpoint(folder: str) -> tuple[str, dict[str, str]]:
         path = os.path.join(folder, name)
         try:
             check_records(path)
-            if names := non_finite_tensors(_open(path)["model"]):
+            if names := non_finite_tensors(open_checkpoint(path)["model"]):
                 raise ValueError(f"{names[0]} is not finite")
         except (OSError, ValueError) as error:
             refused[name] = str(error)
@@ -189,7 +189,7 @@ def _iterations(folder: str) -> tuple[dict[str, int], dict[str, str]]:
     found, damaged = {}, {}
     for path in sorted(Path(folder).glob("*.pth")):
         try:
-            checkpoint = _open(str(path))
+            checkpoint = open_checkpoint(str(path))
         except ValueError as error:
             damaged[path.name] = str(error)
             continue
@@ -200,7 +200,7 @@ def _iterations(folder: str) -> tuple[dict[str, int], dict[str, str]]:
     return found, damaged
 
 
-def _open(path: str) -> dict[str, Any]:
+def open_checkpoint(path: str) -> dict[str, Any]:
     """Map a checkpoint into memory, without reading its tensors."""
     if not os.path.getsize(path):
         raise ValueError("the file is empty")

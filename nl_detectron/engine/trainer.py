@@ -20,6 +20,7 @@ from torch import nn
 
 from nl_detectron.engine.checkpoint import StrictCheckpointer
 from nl_detectron.engine.checkpoint_files import check_nothing_is_overwritten
+from nl_detectron.engine.checkpoint_hooks import check_metric, keep_checkpoints
 from nl_detectron.engine.history import History, drop_later_lines
 from nl_detectron.engine.loader import TrainLoader, name_files
 from nl_detectron.engine.options import DEFAULT_OPTIONS, RunOptions
@@ -49,6 +50,7 @@ class StrictTrainer(engine.DefaultTrainer):
 
     def __init__(self, cfg: CfgNode, options: RunOptions = DEFAULT_OPTIONS, **load_options: Any):
         """See ``DefaultTrainer``; ``load_options`` are passed to :class:`StrictCheckpointer`."""
+        check_metric(options.keep_best, cfg, self.metrics)
         self.options = options
         self.load_options = load_options
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
@@ -90,6 +92,7 @@ class StrictTrainer(engine.DefaultTrainer):
             **self.load_options,
         )
         test = self.cfg.TEST
+        found = keep_checkpoints(super().build_hooks(), self.checkpointer, self.cfg, self.options)
         return [
             History(),
             *(
@@ -98,7 +101,7 @@ class StrictTrainer(engine.DefaultTrainer):
                 )
                 if isinstance(hook, hooks.PreciseBN)
                 else hook
-                for hook in super().build_hooks()
+                for hook in found
             ),
         ]
 

@@ -110,6 +110,8 @@ def test_evaluation_needs_the_complete_model(custom_data, tmp_path):
         ("--eval-only --allow-partial", "are for training"),
         ("--eval-only --strip-blocks", "are for training"),
         ("--eval-only --scale-lr", "are for training"),
+        ("--eval-only --keep-last 2", "are for training"),
+        ("--eval-only --keep-best bbox/AP", "are for training"),
     ],
 )
 def test_wrong_arguments(arguments, message, capsys):
