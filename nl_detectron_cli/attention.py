@@ -139,6 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     from nl_detectron.engine.frames import make_output_folder, print_summary
     from nl_detectron.engine.predictor import build_predictor
     from nl_detectron.non_local import find_blocks
+    from nl_detectron.safety.folders import check_output_folder
 
     with errors_without_traceback():
         cfg = load_config(args.config_file, args.opts, allow_remote=args.allow_remote)
@@ -154,6 +155,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"{cfg.MODEL.META_ARCHITECTURE} takes images"
             )
         make_output_folder(args.output)
+        check_output_folder(args.output)
     options = {} if args.frame is None else {"frame": args.frame}
 
     files: list[Path] = []

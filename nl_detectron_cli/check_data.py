@@ -50,10 +50,11 @@ def data_sets(args: argparse.Namespace) -> list[Source]:
     from nl_detectron.engine.coco.checking import Source
 
     if args.config_file:
-        cfg = load_config(args.config_file, args.opts)
+        cfg = load_config(args.config_file, args.opts, allow_remote=args.allow_remote)
         args.eval_only = bool(args.test_json and not args.train_json)
         data_sets.register_custom_data(cfg, args)
         data_sets.validate_data_sets(cfg, not args.eval_only, {})
+        data_sets.check_proposals(cfg, not args.eval_only)
         return data_sets.sources(cfg, not args.eval_only)
     sources = []
     for split, keys in (("train", ()), ("test", ("area", "iscrowd"))):

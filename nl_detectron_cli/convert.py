@@ -93,6 +93,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from nl_detectron.config import load_config
     from nl_detectron.engine.console import errors_without_traceback
+    from nl_detectron.safety.folders import check_output_file
     from nl_detectron.weights import DIALECTS, convert, load, report, save
     from nl_detectron.weights.config_model import ConfigModel
     from nl_detectron.weights.video_config import video_config
@@ -121,6 +122,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.write_config and args.target != "nl_detectron":
             raise ValueError(f"--write-config is for --to nl_detectron, not {args.target}")
         if args.write_config:
+            check_output_file(args.write_config)
             text = video_config(result, args.source, args.input, args.output)
         save(result.state, args.output, DIALECTS[args.target])
         if args.write_config:

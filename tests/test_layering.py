@@ -21,7 +21,7 @@ CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 # The modules of a room, each of which imports only from those before it, and the rooms, each of
 # which imports only from those named with it.
 ROOMS = {
-    "safety": "pickles checkpoints configs",
+    "safety": "pickles checkpoints configs folders",
     "": "paths ops config norm parts non_local backbone keypoint_head __init__ env",
     "model_zoo": "files model_zoo",
     "weights": "networks dialects names video blocks files convert report config_model "

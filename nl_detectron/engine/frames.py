@@ -16,6 +16,8 @@ from detectron2.data.detection_utils import read_image
 from PIL import Image
 from tqdm import tqdm
 
+from nl_detectron.safety.folders import check_output_file, check_output_folder
+
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 VIDEO_SUFFIXES = (".avi", ".mkv", ".mov", ".mp4", ".webm")
 
@@ -135,6 +137,7 @@ class Images(_Files):
             if output.resolve() == self._path.resolve():
                 raise ValueError(f"--output {output} would overwrite the input")
             make_output_folder(output)
+            check_output_folder(output)
         self._output, self._image_ids = output, image_ids or {}
 
     def __iter__(self) -> Iterator[Frame]:
@@ -208,6 +211,7 @@ class Video(_FrameSource):
             if output.resolve() == Path(source).resolve():
                 raise ValueError(f"--output {output} would overwrite the input")
             make_output_folder(output.parent)
+            check_output_file(output)
         self._output = output
         self._writer: cv2.VideoWriter | None = None
 

@@ -20,6 +20,7 @@ from detectron2.utils.file_io import PathManager
 
 from nl_detectron.engine.console import errors_without_traceback, suppress_detectron2_warnings
 from nl_detectron.engine.lock import run_lock
+from nl_detectron.safety.folders import check_output_folder
 
 Main = Callable[[argparse.Namespace], Any]
 
@@ -111,6 +112,7 @@ def _check_output(cfg: CfgNode) -> None:
         raise ValueError(
             f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written to: {error.strerror}"
         ) from error
+    check_output_folder(cfg.OUTPUT_DIR, ("inference", "stock", "non_local"))
 
 
 def limit_threads(processes: int) -> None:

@@ -91,7 +91,7 @@ def one_kind_of_error() -> Iterator[None]:
     except Exception as error:  # a damaged file raises almost anything
         message = str(error)
         if not isinstance(error, pickle.UnpicklingError) or "weights_only" in message:
-            message = f"it is damaged, or not a checkpoint ({type(error).__name__})"
+            message = f"it is damaged, or another kind of file ({type(error).__name__})"
         raise Refused(message) from error
 
 

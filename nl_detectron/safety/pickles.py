@@ -49,8 +49,8 @@ class DType:
 class Array(np.ndarray):
     """Stands for ``numpy.ndarray`` in a pickle; empty until it is given its state."""
 
-    def __new__(cls, *_: Any) -> Array:
-        """Ignore the size that is asked for."""
+    def __new__(cls) -> Array:
+        """Take no size, since numpy writes it with the bytes."""
         return super().__new__(cls, 0, np.int8)
 
     def __setstate__(self, state: Any) -> None:
@@ -69,7 +69,9 @@ def _from_buffer(data: Any, dtype: DType, shape: tuple[int, ...], order: Any) ->
     return dtype.parse(bytes(data), shape).reshape(shape, order=order).copy()
 
 
-def _new_array(*_: Any) -> Array:
+def _new_array(kind: type, shape: tuple[int, ...], dtype: Any) -> Array:
+    if kind is not Array or shape != (0,):
+        raise pickle.UnpicklingError(REFUSAL.format(f"an array of {kind} and shape {shape}"))
     return Array()
 
 
@@ -102,9 +104,7 @@ _GLOBALS: Globals = {
 }
 
 
-# In Python, since that in C fills the memory if a pickle of ten bytes asks it to remember four
-# billion objects.
-_Unpickler: Any = pickle._Unpickler
+_Unpickler: Any = pickle._Unpickler  # whose instructions can be replaced, unlike those in C
 
 
 class RestrictedUnpickler(_Unpickler):
@@ -133,9 +133,33 @@ class RestrictedUnpickler(_Unpickler):
 
     dispatch[pickle.BUILD[0]] = load_build
 
+    def load_put(self) -> None:
+        """Remember a value under a number, for which Python's reader in C has an array."""
+        super().load_put()
+        self._check_memo()
 
-def read_pickle(path: str | Path) -> Any:
+    dispatch[pickle.PUT[0]] = load_put
+
+    def load_long_binput(self) -> None:
+        """Do the same; the number is written in binary."""
+        super().load_long_binput()
+        self._check_memo()
+
+    dispatch[pickle.LONG_BINPUT[0]] = load_long_binput
+
+    def _check_memo(self) -> None:
+        if next(reversed(self.memo)) > MAX_ENTRIES:
+            raise pickle.UnpicklingError(f"it numbers more than {MAX_ENTRIES} values")
+
+
+def read_pickle(path: str | Path, globals: Globals | None = None) -> Any:
     """Read a pickle that holds arrays, numbers, strings and containers of them.
+
+    What passes here does no harm to those who read it again with ``pickle.load``.
+
+    Args:
+        path: a local file.
+        globals: what the pickle may name in addition.
 
     Raises:
         OSError: the file cannot be read.
@@ -144,7 +168,7 @@ def read_pickle(path: str | Path) -> Any:
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        data = RestrictedUnpickler(file).load()
+        data = RestrictedUnpickler(file, globals).load()
     check_extent([data], size)
     return data
 

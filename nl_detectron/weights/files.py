@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nl_detectron.safety.checkpoints import read, safetensors
+from nl_detectron.safety.folders import check_output_file
 from nl_detectron.weights.dialects import DIALECTS, Dialect
 
 SUFFIXES = (".pth", ".pt", ".pyth", ".pkl", ".safetensors")
@@ -56,10 +57,12 @@ def save(state: Mapping[str, Tensor], path: str | Path, dialect: Dialect) -> Non
     In a ``.pkl`` tensors become arrays; a ``.safetensors`` file holds nothing but tensors.
 
     Raises:
-        ValueError: an unknown suffix, or bfloat16 in a ``.pkl``, since numpy does not have it.
+        ValueError: an unknown suffix, bfloat16 in a ``.pkl``, since numpy does not have it, or a
+            symbolic link to a file elsewhere.
         ModuleNotFoundError: a ``.safetensors`` file, but the package ``safetensors`` is missing.
     """
     path = check_suffix(path)
+    check_output_file(path)
     if path.suffix == ".safetensors":
         safetensors().save_file(dict(state), path)
         return

@@ -113,6 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     from nl_detectron.config import load_config
     from nl_detectron.engine.console import errors_without_traceback
     from nl_detectron.engine.frames import Video, Videos, make_output_folder, print_summary
+    from nl_detectron.safety.folders import check_output_file, check_output_folder
 
     with errors_without_traceback():
         remote = args.allow_remote
@@ -126,6 +127,11 @@ def main(argv: list[str] | None = None) -> None:
         for folder in (args.output, *(file.parent for file in (args.json, args.features) if file)):
             if folder:
                 make_output_folder(folder)
+        for file in (args.json, args.features):
+            if file:
+                check_output_file(file)
+        if args.output:
+            check_output_folder(args.output)
         predictor = VideoPredictor(cfg, args.weights)
     done, stopped = 0, False
     with Results(names, args.json, args.features) as results, stop_on_sigterm():

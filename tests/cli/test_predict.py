@@ -236,7 +236,7 @@ def test_mistakes(predict, images, weights, custom_data, tmp_path, monkeypatch):
     refuse("contains no image", empty)
     refuse("--input must be an image .* a video .*text.mp4", text)
     refuse("lost.pth not found", weights=tmp_path / "lost.pth")
-    refuse("text.mp4: it is damaged, or not a checkpoint", weights=text)
+    refuse("text.mp4: it is damaged, or another kind of file", weights=text)
     refuse("lost.yaml is neither a file nor in", config=tmp_path / "lost.yaml")
     refuse("would overwrite the input", output=images)
     refuse("--output must be a folder .*out.mp4", output=tmp_path / "out.mp4")

@@ -73,7 +73,7 @@ class TestMistakes:
             ("MODEL.WEIGHTS lost.pth", "weights lost.pth: .*not found"),
             (
                 f"MODEL.WEIGHTS {__file__}",
-                "weights .*test_launch.py: it is damaged, or not a checkpoint",
+                "weights .*test_launch.py: it is damaged, or another kind of file",
             ),
             ("MODEL.WEIGHTS r34.pth", "weights r34.pth: the checkpoint holds .*another depth"),
             (f"OUTPUT_DIR {__file__}/output", "OUTPUT_DIR .*output cannot be written to"),

@@ -7,8 +7,10 @@ import logging
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from nl_detectron.config import PREDICTORS
@@ -17,6 +19,8 @@ from nl_detectron.engine.coco.files import register_coco_files
 from nl_detectron.engine.coco.findings import UNREADABLE
 from nl_detectron.engine.coco.flipping import flip_pairs
 from nl_detectron.engine.coco.metadata import check_names, dataset_metadata
+from nl_detectron.safety.checkpoints import one_kind_of_error
+from nl_detectron.safety.pickles import read_pickle
 
 logger = logging.getLogger("nl_detectron")
 IMAGE_SECONDS = 20.0  # to check the image files of a data set before a training
@@ -154,6 +158,7 @@ def check_data(
         OSError: a folder of images does not exist.
         ValueError: there are errors in them.
     """
+    check_proposals(cfg, training)
     used = sources(cfg, training)
     *each, overlap = check_sources(used, IMAGE_SECONDS)
     for source, findings in zip([*used, None], [*each, overlap]):
@@ -170,6 +175,33 @@ def check_data(
                 f"{findings.sentence(errors)}; `nl-detectron check-data` lists everything, and "
                 f"--treat {errors[0]}=warning accepts it"
             )
+
+
+def check_proposals(cfg: CfgNode, training: bool) -> None:
+    """Check the proposal files of a run: detectron2 runs code that they may contain.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: a file holds anything but boxes and their scores.
+    """
+    box_mode = {(BoxMode.__module__, BoxMode.__name__): BoxMode}
+    older = {"indexes": "ids", "scores": "objectness_logits"}
+    for split in ("TRAIN", "TEST") if training else ("TEST",):
+        key = f"PROPOSAL_FILES_{split}"
+        for file in cfg.DATASETS[key] if cfg.MODEL.LOAD_PROPOSALS else ():
+            try:
+                with one_kind_of_error():
+                    content = read_pickle(PathManager.get_local_path(file), box_mode)
+                    content = {older.get(name, name): value for name, value in content.items()}
+                    parts = [content[name] for name in ("ids", "boxes", "objectness_logits")]
+                    fit = all(
+                        np.shape(boxes) == (len(scores), 4)
+                        for _, boxes, scores in zip(*parts, strict=True)
+                    )
+            except ValueError as error:
+                raise ValueError(f"DATASETS.{key}: {file}: {error}") from error
+            if not fit:
+                raise ValueError(f"DATASETS.{key}: {file} must hold N x 4 boxes for N scores")
 
 
 def data_set_notes(cfg: CfgNode) -> list[str]:

@@ -14,6 +14,8 @@ from detectron2.structures import Instances
 from detectron2.utils.video_visualizer import VideoVisualizer
 from detectron2.utils.visualizer import Visualizer
 
+from nl_detectron.safety.folders import check_output_file
+
 
 class ResultsFile:
     """A JSON array on disk that is valid after every :meth:`add`."""
@@ -27,7 +29,9 @@ class ResultsFile:
 
         Raises:
             OSError: the file cannot be written.
+            ValueError: it is a symbolic link to a file elsewhere.
         """
+        check_output_file(path)
         category_ids = metadata.get("thing_dataset_id_to_contiguous_id", {})
         self._id_of_class = {class_id: id_ for id_, class_id in category_ids.items()}
         try:
