@@ -1,0 +1,138 @@
+"""A training that was killed and resumed is the training that was not killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from detectron2.modeling import GeneralizedRCNN
+from PIL import Image
+
+from nl_detectron.engine.history import drop_later_lines
+from nl_detectron_cli import train
+from tests.generated_coco import write_coco
+from tests.running import QUICK, ROOT, TINY, custom_data_arguments, forget_custom_data, words
+
+CONFIG = QUICK / "mask_rcnn_R_18_NL_FPN_overfit.yaml"
+OPTIONS = """
+    SOLVER.MAX_ITER 10 SOLVER.CHECKPOINT_PERIOD 5 SOLVER.STEPS (6,) SOLVER.WARMUP_ITERS 3
+    INPUT.MIN_SIZE_TRAIN (48,56,64) INPUT.RANDOM_FLIP horizontal
+    MODEL.RESNETS.DEPTH 50 MODEL.RESNETS.STEM_OUT_CHANNELS 8 MODEL.RESNETS.RES2_OUT_CHANNELS 32
+    MODEL.RESNETS.WIDTH_PER_GROUP 8 MODEL.ROI_BOX_HEAD.FC_DIM 32 MODEL.ROI_MASK_HEAD.CONV_DIM 32
+    MODEL.RESNETS.NORM BN TEST.PRECISE_BN.ENABLED True TEST.PRECISE_BN.NUM_ITER 2 TEST.EVAL_PERIOD 4
+"""
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Wide and tall images."""
+    folder = tmp_path_factory.mktemp("images")
+    category = [{"id": 1, "name": "square"}]
+    json_file = write_coco(folder / "images", "a.json", num_images=9, categories=category)
+    content = json.loads(json_file.read_text())
+    for image, annotation in zip(content["images"], content["annotations"]):
+        if image["id"] % 2:
+            path = folder / "images" / image["file_name"]
+            Image.open(path).transpose(Image.Transpose.TRANSPOSE).save(path)
+            image["width"], image["height"] = image["height"], image["width"]
+            x, y, width, height = annotation["bbox"]
+            annotation["bbox"] = y, x, height, width
+            corners = annotation["segmentation"][0]
+            corners[::2], corners[1::2] = corners[1::2], corners[::2]
+    json_file.write_text(json.dumps(content))
+    return json_file
+
+
+def train_recorded(file, *arguments, kill_in=None):
+    """Train, and write to a file what the model sees; SIGKILL in the middle of an iteration."""
+    stock, seen = GeneralizedRCNN.preprocess_image, []
+
+    def preprocess_image(model, batch):
+        seen.append([[os.path.basename(x["file_name"]), float(x["image"].sum())] for x in batch])
+        with open(file, "w") as stream:
+            json.dump(seen, stream)
+        if len(seen) == kill_in:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return stock(model, batch)
+
+    GeneralizedRCNN.preprocess_image = preprocess_image
+    try:
+        train.main(words(*arguments))
+    finally:
+        GeneralizedRCNN.preprocess_image = stock
+        forget_custom_data()
+    return seen
+
+
+def test_killed_and_resumed(images, tmp_path):
+    """Bit for bit, with 0 and with 2 workers, and the one like the other."""
+
+    def arguments(name, workers, *flags):
+        data = custom_data_arguments(images, "train")
+        options = f"OUTPUT_DIR {tmp_path / name} DATALOADER.NUM_WORKERS {workers}"
+        return words("--config-file", CONFIG, *data, *flags, *TINY, OPTIONS, options)
+
+    whole = train_recorded(tmp_path / "seen", *arguments("whole", 0))
+    assert len(whole) == 10 + 3 * 2  # those of precise batch norm
+    shapes = {name: int(name.split(".")[0]) % 2 for batch in whole for name, _ in batch}
+    assert set(shapes.values()) == {0, 1}
+    assert all(shapes[first[0]] == shapes[second[0]] for first, second in whole)
+
+    code = "import sys; from tests.engine.test_resume import train_recorded as f; f(*sys.argv[1:], "
+    env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-c", code + "kill_in=10)", tmp_path / "killed_seen"]
+    done = subprocess.run([*command, *arguments("killed", 2)], env=os.environ | env)
+    assert done.returncode == -signal.SIGKILL
+    assert json.loads((tmp_path / "killed_seen").read_text()) == whole[:10]
+    shutil.copytree(tmp_path / "killed", tmp_path / "killed_0")
+    shutil.move(tmp_path / "killed", tmp_path / "killed_2")
+
+    expected = torch.load(tmp_path / "whole" / "model_final.pth", weights_only=True)
+    for workers in (0, 2):
+        name = f"killed_{workers}"
+        resumed = train_recorded(tmp_path / "seen", *arguments(name, workers, "--resume"))
+        assert resumed == whole[7:]  # iteration 5 on
+        found = torch.load(tmp_path / name / "model_final.pth", weights_only=True)
+        assert_same(found["model"], expected["model"])
+        for state in (found, expected):
+            for name in ("time", "data_time", "rank_data_time", "eta_seconds"):
+                state["trainer"]["hooks"]["History"].pop(name, None)
+        assert_same(found["trainer"], expected["trainer"])
+    losses = expected["trainer"]["hooks"]["History"]["total_loss"]
+    assert losses["iteration"].tolist() == list(range(10))
+
+
+def assert_same(found, expected, path=""):
+    """Equal, bit for bit, in every part."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), path
+        for name, value in expected.items():
+            assert_same(found[name], value, f"{path}/{name}")
+    elif isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected), path
+    else:
+        assert found == expected, path
+
+
+def test_metrics_of_later_iterations_are_dropped(tmp_path):
+    file = tmp_path / "metrics.json"
+    lines = [json.dumps({"iteration": i, "total_loss": 1.0}) + "\n" for i in (19, 39, 30, 59, 40)]
+    with file.open("a") as writer:  # as detectron2's has it open
+        writer.write("".join(lines) + '{"iteration": 39, "tot')
+        writer.flush()
+        drop_later_lines(file, 40)
+        assert file.read_text() == "".join(lines[:3])
+        writer.write(lines[4])
+        writer.flush()
+        assert file.read_text() == "".join([*lines[:3], lines[4]])
+    file.write_text("".join(lines) + lines[0].strip())  # killed between text and end of line
+    drop_later_lines(file, 60)
+    assert file.read_text() == "".join(lines)
+    drop_later_lines(tmp_path / "none.json", 0)
+    assert not (tmp_path / "none.json").exists()
