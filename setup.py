@@ -12,6 +12,7 @@ from setuptools.command.build_py import build_py
 HERE = Path(__file__).parent
 COMMANDS = runpy.run_path(str(HERE / "nl_detectron_cli" / "__init__.py"))
 VIDEO = "av>=17,<19"
+EXPORT = ["onnx", "onnxruntime", "onnxscript"]
 PACKAGES = find_packages(include=["nl_detectron", "nl_detectron.*", "nl_detectron_cli"])
 
 
@@ -60,7 +61,8 @@ setup(
         "setuptools<81",  # detectron2.model_zoo imports pkg_resources, which 82 removed
     ],
     extras_require={
-        "dev": [VIDEO, "hypothesis", "mypy", "pytest", "ruff", "safetensors"],
+        "dev": [VIDEO, *EXPORT, "hypothesis", "mypy", "pytest", "ruff", "safetensors"],
+        "export": EXPORT,  # for programs in the format onnx
         "safetensors": ["safetensors"],  # for weights in files of this kind
         "video": [VIDEO],  # to decode and write videos; 19 drops Python 3.11
     },

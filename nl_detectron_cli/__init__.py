@@ -22,6 +22,7 @@ COMMANDS = {
     "health": "measure what each block of a trained model does",
     "analyze": "print parameters, computation and memory of blocks",
     "convert": "convert weights from and to other libraries",
+    "export": "write a model for torch.export, ONNX or TorchScript",
     "doctor": "check the installation, and print how to fix it",
 }
 
