@@ -62,3 +62,15 @@ def rewrite_zip(source, target, change=lambda name, data: data, compression=zipf
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", compression) as new:
         for name in old.namelist():
             new.writestr(name, change(name, old.read(name)))
+
+
+def write_memory_weights(folder):
+    """Small checkpoints that ask for gigabytes."""
+    torch.save({"model": {"x": torch.zeros(1).expand(10**12)}}, folder / "expanded.pth")
+    torch.save({"model": {"x": torch.zeros(10**6)}}, folder / "plain.pth")
+    rewrite_zip(folder / "plain.pth", folder / "compressed.pth", compression=zipfile.ZIP_DEFLATED)
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(J\xff\xff\xff\x7ftU\x01OtR"
+    (folder / "shape.pkl").write_bytes(b"\x80\x02}U\x01x" + array + b"s.")
+    (folder / "numbered.pkl").write_bytes(b"\x80\x02}r\xff\xff\xff\xff.")
+    (folder / "nested.pkl").write_bytes(b"\x80\x02" + b"]" * 10**6 + b"a" * (10**6 - 1) + b".")
+    return {file.name: file for file in folder.glob("*.p*")}

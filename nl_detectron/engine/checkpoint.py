@@ -139,19 +139,26 @@ class StrictCheckpointer(DetectionCheckpointer):
             raise ValueError(f"weights {path}: {error}") from error
 
     def _load_file(self, filename: str) -> Any:
-        if not filename.endswith(".pkl"):
+        checkpoint = self._load_pickle(filename) if filename.endswith(".pkl") else None
+        if checkpoint is None:
             with checked_torch_file(filename):
                 check_records(filename)
                 with one_kind_of_error():
-                    return super()._load_file(filename)
-        data = read(filename)  # the stock method runs code that a pickle contains
-        if not isinstance(data, dict):
-            raise ValueError(f"it holds a {type(data).__name__}, not a dictionary of named arrays")
-        if "model" in data and "__author__" in data:
-            return data
-        blobs = data.get("blobs", data)
-        weights = {name: blob for name, blob in blobs.items() if not name.endswith("_momentum")}
-        return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+                    checkpoint = super()._load_file(filename)
+        state = checkpoint["model"]
+        if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+            raise ValueError(f"it holds a {type(state).__name__}, not a dictionary of tensors")
+        return checkpoint
+
+    def _load_pickle(self, filename: str) -> dict[str, Any]:
+        """Read a file of detectron2's model zoo, or Detectron's: the stock method runs its code."""
+        data = read(filename)
+        if not isinstance(data, dict) or ("model" in data and "__author__" in data):
+            return data if isinstance(data, dict) else {"model": data}
+        state = data.get("blobs", data)
+        if isinstance(state, dict):
+            state = {k: v for k, v in state.items() if not str(k).endswith("_momentum")}
+        return {"model": state, "__author__": "Caffe2", "matching_heuristics": True}
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """As in ``DetectionCheckpointer``, but never resume from another model's checkpoint."""
@@ -286,6 +293,9 @@ def stored_metadata(weights: str) -> dict[str, Any]:
 
     Returns:
         The metadata that the checkpointer was given in training; empty if there is none.
+
+    Raises:
+        ValueError: they have another form.
     """
     if not weights.endswith(".pth"):
         return {}
@@ -294,10 +304,43 @@ def stored_metadata(weights: str) -> dict[str, Any]:
         checkpoint = read(path, mmap=True)
     except Exception:  # the error is reported when the weights are loaded
         return {}
+    known = checkpoint.get("metadata") if isinstance(checkpoint, dict) else None
     sidecar = Path(path).with_name(METADATA_FILE)
-    if "metadata" in checkpoint:
-        return checkpoint["metadata"]
-    return json.loads(sidecar.read_text(encoding="utf-8")) if sidecar.exists() else {}
+    if known is None and sidecar.exists():
+        try:
+            known = json.loads(sidecar.read_text(encoding="utf-8"))
+        except (RecursionError, ValueError) as error:
+            raise ValueError(f"{sidecar} is not JSON: {error}") from error
+    known = {} if known is None else known
+    if not isinstance(known, dict):
+        raise ValueError(f"weights {weights}: the metadata stored with them are not a dictionary")
+    for name, form in _METADATA.items():
+        if name in known and not _fits(known[name], form):
+            raise ValueError(
+                f"weights {weights}: the metadata stored with them have a wrong {name}"
+            )
+    return known
+
+
+# What the metadata of a task hold: a list of what is in a list, and a tuple for one of its length.
+_METADATA: dict[str, Any] = {
+    "classes": [str],
+    "thing_classes": [str],
+    "category_ids": [object],
+    "keypoint_names": [str],
+    "keypoint_flip_map": [(str, str)],
+    "keypoint_connection_rules": [(str, str, (int, int, int))],
+    "keypoint_oks_sigmas": [float],
+}
+
+
+def _fits(value: Any, form: Any) -> bool:
+    if isinstance(form, type):
+        return isinstance(value, form) or (form is float and isinstance(value, int))
+    if not isinstance(value, (list, tuple)):
+        return False
+    parts = form * len(value) if isinstance(form, list) else form
+    return len(parts) == len(value) and all(map(_fits, value, parts))
 
 
 def write_metadata(folder: str, metadata: Mapping[str, Any]) -> None:
