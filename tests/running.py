@@ -51,8 +51,11 @@ def run(*command, hook=False, datasets=None, code=0):
     return done
 
 
-def forked(function, processes, folder, timeout=60):
-    """Run ``function(rank, folder)`` in copies of this process that form a group."""
+def forked(function, processes, folder, codes=None, timeout=60):
+    """Run ``function(rank, folder)`` in copies of this process that form a group.
+
+    They must exit with ``codes``, by default all with 0.
+    """
     (folder / "store").unlink(missing_ok=True)
     children = []
     for rank in range(processes):
@@ -66,22 +69,25 @@ def forked(function, processes, folder, timeout=60):
                 function(rank, folder)
                 dist.barrier()
                 code = 0
+            except SystemExit as error:
+                code = error.code if isinstance(error.code, int) else 1
+                print(error, file=sys.stderr, flush=True)
             except BaseException:
                 traceback.print_exc()
             finally:
                 os._exit(code)
         children.append(child)
     end = time.monotonic() + timeout
-    codes = {}
-    while len(codes) < processes:
-        for child in set(children) - set(codes):
+    ended = {}
+    while len(ended) < processes:
+        for child in set(children) - set(ended):
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
-                codes[child] = os.waitstatus_to_exitcode(status)
+                ended[child] = os.waitstatus_to_exitcode(status)
             elif time.monotonic() > end:
                 os.kill(child, signal.SIGKILL)
         time.sleep(0.01)
-    assert set(codes.values()) == {0}
+    assert [ended[child] for child in children] == (codes or [0] * processes)
 
 
 def metrics(output):

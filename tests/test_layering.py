@@ -29,9 +29,10 @@ ROOMS = {
     "analysis": "geometry drawing.colors drawing.strip drawing.canvas drawing.figures attention "
     "queries health cost detector_cost",
     "engine": "console frames options randomness history loader precise_bn checkpoint_files lock "
-    "checkpoint checkpoint_hooks predictor export schedule step trainer ablation launch "
-    "coco.flipping coco.findings coco.files coco.annotations coco.image_files coco.checking "
-    "coco.metadata coco.data_sets coco.evaluation coco.results coco.trainer",
+    "checkpoint checkpoint_hooks predictor export schedule signals failures step trainer "
+    "ablation launch coco.flipping coco.findings coco.files coco.annotations "
+    "coco.image_files coco.checking coco.metadata coco.data_sets coco.evaluation "
+    "coco.results coco.trainer",
 }
 ALLOWED = {"safety": [], "": ["safety"]}
 ALLOWED |= dict.fromkeys(("model_zoo", "weights", "analysis", "engine"), ["safety", ""])

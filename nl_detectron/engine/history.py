@@ -29,15 +29,15 @@ class History(HookBase):
         self._restored = {}
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Return the scalars of all iterations, by name."""
+        """Return the scalars of all iterations up to the trainer's, by name."""
         if not hasattr(self.trainer, "storage"):
             return self._restored
         state = {}
         for name, history in self.trainer.storage.histories().items():
-            values, iterations = zip(*history.values())
+            kept = [pair for pair in history.values() if pair[1] <= self.trainer.iter]
             state[name] = {
-                "value": torch.tensor(values, dtype=torch.float64),
-                "iteration": torch.tensor(iterations),
+                "value": torch.tensor([value for value, _ in kept], dtype=torch.float64),
+                "iteration": torch.tensor([iteration for _, iteration in kept]),
             }
         return state
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from nl_detectron.engine.signals import lost_workers_raise
+
 logger = logging.getLogger("nl_detectron")
 
 NONFINITE_FILE = "nonfinite.json"
+_NONFINITE = re.compile(r"\b(NaN|Inf|infinite)\b")
+"""What detectron2's models say when they find such values themselves."""
 
 
 class TrainingStep(SimpleTrainer):
@@ -86,7 +91,8 @@ class TrainingStep(SimpleTrainer):
             FloatingPointError: one step more than ``max_nonfinite`` is not finite.
         """
         start = time.perf_counter()
-        batch = next(self._data_loader_iter)
+        with lost_workers_raise():
+            batch = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
         random_state = _random_state()
         self._statistics = _running_statistics(self.model)
@@ -124,7 +130,7 @@ class TrainingStep(SimpleTrainer):
             waits = part < self._parts - 1 and isinstance(self.model, DistributedDataParallel)
             with self.model.no_sync() if waits else nullcontext():
                 with self._autocast():
-                    found = self.model(batch[part * size : (part + 1) * size])
+                    found = self._forward(batch[part * size : (part + 1) * size])
                 if isinstance(found, torch.Tensor):
                     found = {"total_loss": found}
                 total = sum(found.values()) / self._parts
@@ -133,6 +139,23 @@ class TrainingStep(SimpleTrainer):
             for name, loss in found.items():
                 losses[name] = losses.get(name, 0) + loss.detach() / self._parts
         return losses
+
+    def _forward(self, batch: list[Any]) -> Any:
+        """Return the losses: NaN if the model itself refuses to go on with NaN."""
+        try:
+            return self.model(batch)
+        except (AssertionError, FloatingPointError) as error:
+            reason = str(error)
+            if not _NONFINITE.search(reason):
+                raise
+            module = _unwrapped(self.model)
+            weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
+            # Other processes wait for gradients, which DistributedDataParallel has to see.
+            module.forward = lambda _: {reason: math.nan * sum(w.sum() for w in weights)}
+            try:
+                return self.model(batch)
+            finally:
+                del module.forward
 
     def _gradients_are_finite(self) -> bool:
         """Return the same in every process, by the norm of all gradients as one vector."""
@@ -177,9 +200,7 @@ class TrainingStep(SimpleTrainer):
 
     def _culprit(self, batch: list[Any], random_state: list[Any]) -> dict[str, Any]:
         """Find the first module whose output is not finite, or else the parameters."""
-        model = self.model
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
+        model = _unwrapped(self.model)
         gradients = [
             name
             for name, parameter in model.named_parameters()
@@ -198,7 +219,7 @@ class TrainingStep(SimpleTrainer):
         size = len(batch) // self._parts
         with torch.no_grad(), _restored(random_state):
             for part in range(self._parts):
-                with self._autocast():
+                with self._autocast(), suppress(AssertionError, FloatingPointError):
                     model(batch[part * size : (part + 1) * size])
         for handle in hooks:
             handle.remove()
@@ -218,9 +239,12 @@ class TrainingStep(SimpleTrainer):
         """Restore the state; that of a training without mixed precision has no scaler."""
         super().load_state_dict(state_dict)
         self.nonfinite = state_dict.get("nonfinite", 0)
-        self.updated = self.iter
         if self._scaler and "grad_scaler" in state_dict:
             self._scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _running_statistics(model: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:

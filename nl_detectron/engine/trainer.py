@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
+import os
+import socket
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from detectron2 import engine
 from detectron2.config import CfgNode
@@ -21,12 +23,14 @@ from torch import nn
 from nl_detectron.engine.checkpoint import StrictCheckpointer
 from nl_detectron.engine.checkpoint_files import check_nothing_is_overwritten
 from nl_detectron.engine.checkpoint_hooks import check_metric, keep_checkpoints
+from nl_detectron.engine.failures import explained_errors, is_lost
 from nl_detectron.engine.history import History, drop_later_lines
 from nl_detectron.engine.loader import TrainLoader, name_files
 from nl_detectron.engine.options import DEFAULT_OPTIONS, RunOptions
 from nl_detectron.engine.precise_bn import SameBatchesPreciseBN
 from nl_detectron.engine.predictor import model_errors
 from nl_detectron.engine.randomness import seed_generators
+from nl_detectron.engine.signals import StopOnSignal
 from nl_detectron.engine.step import TrainingStep
 
 logger = logging.getLogger("nl_detectron")
@@ -47,6 +51,7 @@ class StrictTrainer(engine.DefaultTrainer):
     metrics: ClassVar[Mapping[str, str]] = {}
     iter: int
     max_iter: int
+    _hooks: list[engine.HookBase]
 
     def __init__(self, cfg: CfgNode, options: RunOptions = DEFAULT_OPTIONS, **load_options: Any):
         """See ``DefaultTrainer``; ``load_options`` are passed to :class:`StrictCheckpointer`."""
@@ -54,6 +59,7 @@ class StrictTrainer(engine.DefaultTrainer):
         self.options = options
         self.load_options = load_options
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        self._stop_on_signal = StopOnSignal()
         step = functools.partial(
             TrainingStep,
             parts=cfg.SOLVER.get("ACCUMULATE", 1),
@@ -92,8 +98,8 @@ class StrictTrainer(engine.DefaultTrainer):
             **self.load_options,
         )
         test = self.cfg.TEST
-        found = keep_checkpoints(super().build_hooks(), self.checkpointer, self.cfg, self.options)
-        return [
+        stock = keep_checkpoints(super().build_hooks(), self.checkpointer, self.cfg, self.options)
+        found = [
             History(),
             *(
                 SameBatchesPreciseBN(
@@ -101,9 +107,12 @@ class StrictTrainer(engine.DefaultTrainer):
                 )
                 if isinstance(hook, hooks.PreciseBN)
                 else hook
-                for hook in found
+                for hook in stock
             ),
         ]
+        evaluation = next(i for i, hook in enumerate(found) if isinstance(hook, hooks.EvalHook))
+        found.insert(evaluation, self._stop_on_signal)
+        return found
 
     def resume_or_load(self, resume: bool = True) -> None:
         """See ``DefaultTrainer``; the data go on where the checkpoint was saved.
@@ -133,19 +142,96 @@ class StrictTrainer(engine.DefaultTrainer):
         super().before_step()
         seed_generators(self.seed, self.iter, comm.get_rank())
 
+    def run_step(self) -> None:
+        """Take a step; see :meth:`train` for errors."""
+        with explained_errors():
+            super().run_step()
+
+    def after_step(self) -> None:
+        """Run the hooks; see :meth:`train` for errors."""
+        with explained_errors():
+            super().after_step()
+
     def after_train(self) -> None:
-        """Run the hooks; one that was resumed after its end has not taken one step more."""
+        """Run the hooks, but do not evaluate after a training that has failed.
+
+        One that was resumed after its end has not taken one step more.
+        """
+        if self.iter < self.max_iter:
+            self._hooks = [hook for hook in self._hooks if not isinstance(hook, hooks.EvalHook)]
         self.iter = min(self.iter, self.max_iter)
-        super().after_train()
+        with explained_errors():
+            super().after_train()
 
     def train(self) -> Any:
-        """Train; see ``DefaultTrainer``."""
-        results = super().train()
+        """Train; whatever ends it early, the state after the last complete iteration is saved.
+
+        Raises:
+            SystemExit: a signal ended the training, or an error that a sentence can explain: a data
+                loader or another process was lost, too many steps were not finite, or a file cannot
+                be written. Other errors are raised as they are.
+        """
+        with self._stop_on_signal:
+            self._processes = comm.all_gather((socket.gethostname(), os.getpid()))
+            try:
+                results = super().train()
+                self._name_unreadable_files()
+                return results
+            except (Exception, SystemExit) as error:
+                if isinstance(error, SystemExit) and isinstance(error.code, int):
+                    raise
+                saved = self._save_after_failure()
+                if isinstance(error, SystemExit):
+                    raise SystemExit(". ".join(filter(None, [str(error), saved]))) from error
+                if saved:
+                    logger.error(saved)
+                raise
+
+    def _name_unreadable_files(self) -> None:
         found = getattr(self.data_loader, "unreadable", {}).values()
         names = sorted(set().union(*comm.gather([str(error) for error in found])))
         if names:
             logger.warning("%d files not used for training: %s", len(names), name_files(names))
-        return results
+
+    def stop(self, reason: str, code: int) -> NoReturn:
+        """Save the state after this iteration, and exit."""
+        if comm.is_main_process():
+            path = self._save(self.iter)
+            logger.warning("%s after iteration %s. %s", reason, self.iter, _how_to_go_on(path))
+        comm.synchronize()
+        raise SystemExit(code)
+
+    def _save(self, iteration: int) -> str:
+        """Save the state after an iteration, and return the path of the file."""
+        name = "model_final" if iteration + 1 == self.max_iter else f"model_{iteration:07d}"
+        current, self.iter = self.iter, iteration
+        try:
+            self.checkpointer.save(name, iteration=iteration)
+        finally:
+            self.iter = current
+        return os.path.join(self.cfg.OUTPUT_DIR, f"{name}.pth")
+
+    def _save_after_failure(self) -> str:
+        """Save the state after the last complete iteration; return a sentence about it, or "".
+
+        The first process does so. If it is lost, then the second one of the same machine.
+        """
+        complete = self.scheduler.last_epoch - 1
+        if self._trainer.updated > complete:
+            return "Nothing is saved, because the weights were being updated."
+        if complete < self.start_iter:
+            return "No iteration was completed."
+        path = os.path.join(self.cfg.OUTPUT_DIR, f"model_{complete:07d}.pth")
+        self._trainer.undo_statistics()
+        if comm.get_rank() == 1 and is_lost(*self._processes[0]) and not os.path.exists(path):
+            self.checkpointer.save_to_disk = True
+        if not self.checkpointer.save_to_disk:
+            return ""
+        try:
+            path = self._save(complete)
+        except (OSError, ValueError) as error:
+            return str(error)
+        return f"Iteration {complete} was the last complete one. {_how_to_go_on(path)}"
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds besides the model.
@@ -190,6 +276,10 @@ def setup_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     engine.default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="nl_detectron")
     logger.info("Device: %s", cfg.MODEL.DEVICE)
+
+
+def _how_to_go_on(path: str) -> str:
+    return f"The state is saved in {path}; the same command with --resume goes on from there."
 
 
 @contextmanager

@@ -1,0 +1,49 @@
+"""What ends a training, besides signals: which failures a sentence explains, and who is lost."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nl_detectron.engine.loader import UnreadableFile
+
+_LOST = re.compile(r"DataLoader worker|gloo|NCCL|[Cc]onnection (closed|reset) by peer|Broken pipe")
+
+
+@contextmanager
+def explained_errors() -> Iterator[None]:
+    """Exit with a sentence on errors that are no fault of the code."""
+    try:
+        yield
+    except (FloatingPointError, OSError, UnreadableFile) as error:
+        raise SystemExit(" ".join(str(error).split())) from error
+    except RuntimeError as error:
+        if not _LOST.search(str(error)):
+            raise
+        lost = "data-loader worker" if "DataLoader" in str(error) else "process of the training"
+        first_line = str(error).strip().splitlines()[0].rstrip(". ")
+        raise SystemExit(f"a {lost} is lost: {first_line}") from error
+
+
+def is_lost(host: str, pid: int, patience: float = 5.0) -> bool:
+    """Return whether a process of this machine has ended, or ends soon."""
+    if host != socket.gethostname():
+        return False
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        try:
+            os.kill(pid, 0)
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except ProcessLookupError:
+            return True
+        except OSError:  # another system than Linux
+            state = ""
+        if state in ("Z", "X"):  # not yet waited for by its parent
+            return True
+        time.sleep(0.1)
+    return False
