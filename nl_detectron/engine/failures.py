@@ -14,20 +14,24 @@ from nl_detectron.engine.loader import UnreadableFile
 
 _LOST = re.compile(r"DataLoader worker|gloo|NCCL|[Cc]onnection (closed|reset) by peer|Broken pipe")
 
+_LOST_PROCESS = "a data-loader worker or another process of the training"
+
 
 @contextmanager
 def explained_errors() -> Iterator[None]:
     """Exit with a sentence on errors that are no fault of the code."""
     try:
         yield
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        message = str(error) or type(error).__name__
+        if isinstance(error, RuntimeError) and not _LOST.search(message):
+            raise
+        lost = "a data-loader worker" if "DataLoader" in message else _LOST_PROCESS
+        raise SystemExit(
+            f"{lost} is lost: {message.strip().splitlines()[0].rstrip('. ')}"
+        ) from error
     except (FloatingPointError, OSError, UnreadableFile) as error:
         raise SystemExit(" ".join(str(error).split())) from error
-    except RuntimeError as error:
-        if not _LOST.search(str(error)):
-            raise
-        lost = "data-loader worker" if "DataLoader" in str(error) else "process of the training"
-        first_line = str(error).strip().splitlines()[0].rstrip(". ")
-        raise SystemExit(f"a {lost} is lost: {first_line}") from error
 
 
 def is_lost(host: str, pid: int, patience: float = 5.0) -> bool:
