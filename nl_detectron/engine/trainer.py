@@ -229,7 +229,7 @@ class StrictTrainer(engine.DefaultTrainer):
             return ""
         try:
             path = self._save(complete)
-        except (OSError, ValueError) as error:
+        except (FloatingPointError, OSError) as error:
             return str(error)
         return f"Iteration {complete} was the last complete one. {_how_to_go_on(path)}"
 
