@@ -71,6 +71,20 @@ def test_launched_and_resumed(toy_cfg):
     assert engine.defaults.create_ddp_model is stock  # which the trainer replaces for a moment
 
 
+def test_random_seed_is_kept(toy_cfg):
+    """The one that the first run drew; another one only if it is asked for."""
+    seeds = []
+    for toy_cfg.SEED, toy_cfg.SOLVER.MAX_ITER in ((-1, 2), (-1, 4), (7, 6)):
+        trainer = ToyTrainer(toy_cfg)
+        trainer.resume_or_load()
+        trainer.train()
+        seeds.append(trainer.seed)
+        losses = trainer.storage.history("total_loss").values()
+        assert [iteration for _, iteration in losses] == list(range(toy_cfg.SOLVER.MAX_ITER))
+    assert seeds == [seeds[0], seeds[0], 7]
+    assert ToyTrainer(toy_cfg.merge_from_list(["SEED", -1]) or toy_cfg).seed != seeds[0]
+
+
 def test_imports():
     """Nothing that knows COCO; and no warning is raised, or hidden from others."""
     code = """if True:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -17,7 +18,16 @@ from PIL import Image
 from nl_detectron.engine.history import drop_later_lines
 from nl_detectron_cli import train
 from tests.generated_coco import write_coco
-from tests.running import QUICK, ROOT, TINY, custom_data_arguments, forget_custom_data, words
+from tests.running import (
+    QUICK,
+    ROOT,
+    TINY,
+    custom_data_arguments,
+    forget_custom_data,
+    metrics,
+    run,
+    words,
+)
 
 CONFIG = QUICK / "mask_rcnn_R_18_NL_FPN_overfit.yaml"
 OPTIONS = """
@@ -136,3 +146,64 @@ def test_metrics_of_later_iterations_are_dropped(tmp_path):
     assert file.read_text() == "".join(lines)
     drop_later_lines(tmp_path / "none.json", 0)
     assert not (tmp_path / "none.json").exists()
+
+
+def killed_when(exists, *command):
+    """Run a command, and kill it and all its children when a file exists."""
+    env = {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, *command], env=os.environ | env, cwd=ROOT, start_new_session=True
+    )
+    while not exists.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_two_processes_killed_and_resumed(images, tmp_path):
+    def command(name):
+        data = custom_data_arguments(images, "train")
+        options = f"--num-processes 2 --dist-url auto --config-file {CONFIG}"
+        output = f"DATALOADER.NUM_WORKERS 1 OUTPUT_DIR {tmp_path / name}"
+        return words("tools/train_net.py", options, *data, "--resume", *TINY, OPTIONS, output)
+
+    run(*command("whole"))
+    killed_when(tmp_path / "killed" / "model_0000004.pth", *command("killed"))
+    assert not (tmp_path / "killed" / "model_final.pth").exists()
+    done = run(*command("killed"))
+    assert "Starting training from iteration 5" in done.stdout + done.stderr
+    whole, killed = (
+        torch.load(tmp_path / name / "model_final.pth", weights_only=True)
+        for name in ("whole", "killed")
+    )
+    assert_same(killed["model"], whole["model"])
+    assert_same(killed["trainer"]["_trainer"], whole["trainer"]["_trainer"])
+
+
+@pytest.mark.slow
+def test_comparison_killed_and_resumed(images, tmp_path):
+    """In the second training: the first is not repeated."""
+
+    def command(name):
+        data = custom_data_arguments(images, "train", "test")
+        options = words(*TINY, OPTIONS, "TEST.EVAL_PERIOD 0 OUTPUT_DIR", tmp_path / name)
+        return words("tools/ab.py --config-file", CONFIG, *data, "--resume", *options)
+
+    run(*command("whole"))
+    final = tmp_path / "killed" / "stock" / "model_final.pth"
+    killed_when(tmp_path / "killed" / "non_local" / "model_0000004.pth", *command("killed"))
+    written = final.stat().st_mtime_ns
+    done = run(*command("killed"))
+    assert "Starting training from iteration 10" in done.stdout + done.stderr
+    assert "Starting training from iteration 5" in done.stdout + done.stderr
+    assert final.stat().st_mtime_ns == written
+    reports = [
+        json.loads((tmp_path / name / "ab.json").read_text()) for name in ("whole", "killed")
+    ]
+    assert reports[0] == reports[1]
+    assert len(reports[0]["losses"]["stock"]["total_loss"]) == 10
+    for name in ("stock", "non_local"):
+        iterations = [line["iteration"] for line in metrics(tmp_path / "killed" / name)]
+        assert len(iterations) == len(set(iterations))
