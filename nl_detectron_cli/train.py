@@ -92,12 +92,14 @@ def train_model(trainer_class: type[StrictTrainer], args: argparse.Namespace, cf
     from detectron2.utils import comm
 
     from nl_detectron.analysis.health import BlockHealthHook
+    from nl_detectron.engine.failures import explained_errors
 
     if args.eval_only:
         model = trainer_class.build_model(cfg)
         checkpointer = trainer_class.build_checkpointer(cfg, model, **load_options(args))
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        results = trainer_class.test(cfg, model)
+        with explained_errors():
+            results = trainer_class.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)
         return results

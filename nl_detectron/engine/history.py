@@ -21,11 +21,15 @@ class History(HookBase):
         self._restored: dict[str, dict[str, Tensor]] = {}
 
     def before_train(self) -> None:
-        """Give the new storage what the checkpoint had."""
+        """Give the new storage what the checkpoint had.
+
+        One that was saved after a failure may have some scalars of the iteration that failed.
+        """
         histories = self.trainer.storage.histories()
         for name, restored in self._restored.items():
             for value, iteration in zip(restored["value"].tolist(), restored["iteration"].tolist()):
-                histories[name].update(value, iteration)
+                if iteration < self.trainer.start_iter:
+                    histories[name].update(value, iteration)
         self._restored = {}
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:

@@ -191,7 +191,7 @@ class StrictTrainer(engine.DefaultTrainer):
         found = getattr(self.data_loader, "unreadable", {}).values()
         names = sorted(set().union(*comm.gather([str(error) for error in found])))
         if names:
-            logger.warning("%d files not used for training: %s", len(names), name_files(names))
+            logger.warning("Files not used for training (%d): %s", len(names), name_files(names))
 
     def stop(self, reason: str, code: int) -> NoReturn:
         """Save the state after this iteration, and exit."""
