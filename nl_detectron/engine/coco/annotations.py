@@ -19,6 +19,7 @@ from nl_detectron.engine.coco.findings import Findings, Problem, short
 # Pillow refuses to read more.
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**26)
 MAX_ASPECT_RATIO = 100
+MISSING: tuple[Any, ...] = (None, [], {})
 Size = tuple[int, int]
 """Width and height."""
 
@@ -97,17 +98,17 @@ def check_annotations(
         problems = [
             ("missing-key", f"has no {key!r}")
             for key in required_keys
-            if annotation.get(key) in (None, [], {})
+            if annotation.get(key) in MISSING
         ]
         size = (image["width"], image["height"]) if image else None
         if not image and image_id is not None:
             problems.append(("unknown-image", f"its image_id {short(image_id)} is of no image"))
         problems += _id_problems(annotation, ids, num_keypoints)
         problems += _flag_problems(annotation)
-        if annotation.get("bbox"):
+        if annotation.get("bbox") not in MISSING:
             problems += box_problems(annotation["bbox"], size)
         labeled = True
-        if annotation.get("keypoints"):
+        if annotation.get("keypoints") not in MISSING:
             category_id = annotation.get("category_id")
             count = num_keypoints.get(category_id, 0) if _is_id(category_id) else 0
             values = 3 * count if count or "keypoints" in required_keys else None
@@ -117,7 +118,7 @@ def check_annotations(
             if not any(kind.startswith("keypoints") for kind, _ in found):
                 problems += _count_problems(annotation)
             problems += found
-        if "segmentation" in annotation:
+        if annotation.get("segmentation") not in MISSING:
             problems += mask_problems(annotation["segmentation"], size)
             if (
                 mask_format == "polygon"
@@ -177,8 +178,6 @@ def keypoint_problems(keypoints: Any, values: int | None, size: Size | None) -> 
 
 def mask_problems(mask: Any, size: Size | None) -> Iterator[Problem]:
     """Yield what is wrong with the segmentation of an object."""
-    if mask in (None, [], {}):  # no mask: fine for boxes
-        return
     if isinstance(mask, dict):
         problem = _rle_problem(mask, size)
         if problem:
@@ -200,7 +199,7 @@ def _record_problem(image: Any) -> Problem | None:
     if not isinstance(image, dict):
         return "image-record", f"is {short(image)}"
     for key in ("id", "file_name", "height", "width"):
-        if image.get(key) in (None, "", [], {}):
+        if image.get(key) in ("", *MISSING):
             return "missing-key", f"has no {key!r}"
     if not _is_id(image["id"]):
         return "image-record", f"its id is {short(image['id'])}"
