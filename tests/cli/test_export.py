@@ -21,28 +21,32 @@ from tests.engine.test_export import DETECTOR, active, stock
 from tests.running import run, words
 
 RETINANET = "COCO-Detection/retinanet_R_50_NL_FPN_1x.yaml"
-# Runs a program on a picture; prints its outputs, in the order of their names.
+# Runs a program on pictures, and saves what it returns, as a user would without this package.
 LOAD = """
 import json, sys
 import numpy as np
-file, picture = sys.argv[1:]
-image = np.load(picture)
+file, pictures, outputs = sys.argv[1:]
 if file.endswith(".onnx"):
     import onnxruntime
     session = onnxruntime.InferenceSession(file)
     names = [output.name for output in session.get_outputs()]
-    outputs = dict(zip(names, session.run(None, {"images": image[None]})))
+    run = lambda image: dict(zip(names, session.run(None, {"images": image[None]})))
 else:
     import torch, torchvision
-    image = torch.from_numpy(image)
+    torch.set_grad_enabled(False)
     if file.endswith(".pt2"):
-        outputs = torch.export.load(file).module()(image)
+        program = torch.export.load(file).module()
+        run = lambda image: program(torch.from_numpy(image))
     else:
         extra = {"outputs.json": ""}
         traced = torch.jit.load(file, _extra_files=extra)
-        outputs = dict(zip(json.loads(extra["outputs.json"]), traced(image)))
+        names = json.loads(extra["outputs.json"])
+        run = lambda image: dict(zip(names, traced(torch.from_numpy(image))))
+results = {}
+for number, image in np.load(pictures).items():
+    results.update((number + name, np.asarray(value)) for name, value in run(image).items())
 assert not {"nl_detectron", "detectron2"} & sys.modules.keys()
-np.savez(picture + "z", **{name: np.asarray(value) for name, value in outputs.items()})
+np.savez(outputs, **results)
 """
 
 
@@ -121,21 +125,21 @@ def test_input_without_an_image(trained, tmp_path):
 )
 def test_runs_without_this_package(part, file_format, trained, tmp_path):
     folder, model = trained
-    file, picture = tmp_path / f"a{command.SUFFIXES[file_format]}", tmp_path / "image.npy"
-    options = f"--part {part} --format {file_format}"
-    run("tools/export.py", *arguments(folder, file, options))
-    for height, width in [(65, 133), (230, 131), (96, 128)]:
-        image = torch.rand(3, height, width) * 255
-        np.save(picture, image.numpy())
-        subprocess.run([sys.executable, "-I", "-c", LOAD, file, picture], check=True)
-        got = np.load(f"{picture}z")
+    file = tmp_path / f"a{command.SUFFIXES[file_format]}"
+    run("tools/export.py", *arguments(folder, file, f"--part {part} --format {file_format}"))
+    images = [torch.rand(3, *size) * 255 for size in [(65, 133), (230, 131), (96, 128)]]
+    pictures, outputs = tmp_path / "pictures.npz", tmp_path / "outputs.npz"
+    np.savez(pictures, **{str(number): image.numpy() for number, image in enumerate(images)})
+    subprocess.run([sys.executable, "-I", "-c", LOAD, file, pictures, outputs], check=True)
+    got = np.load(outputs)
+    for number, image in enumerate(images):
         if part == "model":
             expected = stock(model, image)
         else:
             with torch.no_grad():
                 padded = model.preprocess_image([{"image": image}]).tensor
                 expected = model.backbone(padded)
-        assert got.keys() == expected.keys()
+        assert {name[1:] for name in got if name[0] == str(number)} == expected.keys()
         for name, value in expected.items():
             atol = 1e-4 * max(value.abs().max().item(), 1)
-            assert_close(torch.from_numpy(got[name]), value, rtol=0, atol=atol)
+            assert_close(torch.from_numpy(got[f"{number}{name}"]), value, rtol=0, atol=atol)
