@@ -147,6 +147,12 @@ class RestrictedUnpickler(_Unpickler):
 
     dispatch[pickle.LONG_BINPUT[0]] = load_long_binput
 
+    def load_bytearray8(self) -> None:
+        """Read bytes before there is room for them, which the file may say are many."""
+        self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
+
     def _check_memo(self) -> None:
         if next(reversed(self.memo)) > MAX_ENTRIES:
             raise pickle.UnpicklingError(f"it numbers more than {MAX_ENTRIES} values")

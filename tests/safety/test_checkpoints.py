@@ -6,6 +6,7 @@ import pickle
 import time
 import zipfile
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,6 +137,7 @@ PICKLE_BOMBS = {
     "memo": opcode(b"}", b"r\xff\xff\xff\xff", b"cos\nmkdir\n"),
     "frame": b"\x80\x04\x95" + b"\xff" * 6 + b"\x00\x00}.",
     "bytes": b"\x80\x04\x8e" + b"\xff" * 6 + b"\x00\x00}.",
+    "room": b"\x80\x05\x96" + (2**32).to_bytes(8, "little") + b".",
     "hex": opcode(b"c_codecs\nencode\n", b"U\x08" + b"x" * 8 + b"U\x03hex\x86R"),
     "bytearray": opcode(b"cbuiltins\nbytearray\n", HUGE, b"\x85R"),
     "state": opcode(b"ccollections\nOrderedDict\n)R}U\x04keysK\x01sb"),
@@ -218,7 +220,14 @@ def test_archive_bombs(kind, tmp_path):
 
 
 def refuse(path, message="."):
-    start = time.monotonic()
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak of the memory
+    before, start = peak_memory(), time.monotonic()
     with pytest.raises(ValueError, match=message):
         read(path)
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 5
+    assert peak_memory() - before < 5e8
+
+
+def peak_memory():
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024

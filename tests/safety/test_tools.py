@@ -39,7 +39,6 @@ TOOLS = {
     "check-data": TRAINING,
     "export": f"{MODEL} --input {{images}}/1.png --output {{out}}.pt2",
 }
-TOOLS = {tool: arguments for tool, arguments in TOOLS.items() if tool.split()[0] in COMMANDS}
 WITH_WEIGHTS = [tool for tool, arguments in TOOLS.items() if "{weights}" in arguments]
 CODE = ["detectron2.pkl", "caffe2.pkl", "protocol0.pkl", "model.pth", "pycls.pyth", "legacy.pth"]
 MEMORY = ["expanded.pth", "compressed.pth", "shape.pkl", "numbered.pkl", "nested.pkl"]
