@@ -6,6 +6,8 @@ import json
 import shutil
 
 import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 
 from nl_detectron.engine.coco.findings import KINDS
 from nl_detectron_cli import ab, check_data
@@ -94,6 +96,18 @@ class TestBeforeTraining:
         )
         with pytest.raises(SystemExit, match=sentence):
             start(json_file, command=command)
+
+    def test_registered_data(self, json_file, start):
+        """A data set that detectron2 knows by its name, as it knows COCO."""
+        register_coco_instances("mine", {}, str(json_file), str(json_file.parent / "images"))
+        try:
+            MetadataCatalog.get("mine").thing_classes = ["thing"] * 80
+            options = "DATASETS.TRAIN ('mine',) DATASETS.TEST ()"
+            with pytest.raises(SystemExit, match=r"box \(1\).*; image-empty \(1\)"):
+                start(json_file, options, splits=())
+        finally:
+            DatasetCatalog.remove("mine")
+            MetadataCatalog.remove("mine")
 
     def test_accepted(self, json_file, start, caplog):
         start(json_file, "--treat box=warning --treat image-empty=off")

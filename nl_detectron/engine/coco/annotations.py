@@ -101,8 +101,9 @@ def check_annotations(
             if annotation.get(key) in MISSING
         ]
         size = (image["width"], image["height"]) if image else None
-        if not image and image_id is not None:
-            problems.append(("unknown-image", f"its image_id {short(image_id)} is of no image"))
+        if not image and image_id not in MISSING:
+            kind = "unknown-image" if _is_id(image_id) else "image-id"
+            problems.append((kind, f"its image_id is {short(image_id)}"))
         problems += _id_problems(annotation, ids, num_keypoints)
         problems += _flag_problems(annotation)
         if annotation.get("bbox") not in MISSING:

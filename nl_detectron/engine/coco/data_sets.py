@@ -128,8 +128,8 @@ def sources(cfg: CfgNode, training: bool) -> list[Source]:
     found = []
     for name, used in splits.items():
         metadata = MetadataCatalog.get(name)
-        if not metadata.get("json_file") or not metadata.get("image_root"):
-            continue  # built by someone's code
+        if metadata.get("evaluator_type") != "coco" or not metadata.get("json_file"):
+            continue  # someone's code, or of another format
         polygons = cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon" and "train" in used
         found.append(
             Source(

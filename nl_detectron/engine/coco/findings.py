@@ -40,6 +40,7 @@ KINDS = {
     "annotation-record": Kind("error", "an annotation is not an object"),
     "annotation-id": Kind("error", "the id of an annotation is not a positive integer"),
     "duplicate-annotation": Kind("error", "two annotations have the same id"),
+    "image-id": Kind("error", "the image_id of an annotation is not an integer or a string"),
     "unknown-image": Kind("warning", "an annotation belongs to no image"),
     "unknown-category": Kind("error", "an annotation belongs to no category"),
     "box": Kind("error", "a box is not four finite numbers, or has a negative size"),
