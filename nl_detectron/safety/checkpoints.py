@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import pickle
@@ -203,8 +204,8 @@ def _check_archive(archive: zipfile.ZipFile, size: int) -> list[Any]:
         raise pickle.UnpicklingError("its records overlap")
     folder = records[0].filename.partition("/")[0]
     sizes = {record.filename: record.file_size for record in records}
-    with archive.open(f"{folder}/data.pkl") as file:
-        return [_Checker(file, lambda key: sizes.get(f"{folder}/data/{key}", -1)).load()]
+    file = io.BytesIO(archive.read(f"{folder}/data.pkl"))  # all of it, so that its CRC is compared
+    return [_Checker(file, lambda key: sizes.get(f"{folder}/data/{key}", -1)).load()]
 
 
 def _numpy_allowed() -> AbstractContextManager[None]:
