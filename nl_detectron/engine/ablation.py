@@ -8,6 +8,7 @@ on a deterministic device. Any later difference comes from the blocks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from nl_detectron.config import without_blocks
+from nl_detectron.engine.lock import run_lock
 from nl_detectron.engine.options import DEFAULT_OPTIONS, RunOptions
 from nl_detectron.engine.trainer import StrictTrainer
 
@@ -88,14 +90,16 @@ def train_and_evaluate(
         options: how the run deals with what goes wrong.
         resume: go on from the last checkpoint in ``OUTPUT_DIR``, if there is one.
         load_options: see :class:`nl_detectron.engine.checkpoint.StrictCheckpointer`.
+
+    Raises:
+        ValueError: another run uses ``OUTPUT_DIR``, or its checkpoints are not to be resumed from.
     """
-    if comm.is_main_process():
-        output = Path(cfg.OUTPUT_DIR)
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "config.yaml").write_text(cfg.dump())
-    trainer = trainer_class(cfg, options, **load_options)
-    trainer.resume_or_load(resume=resume)
-    trainer.train()
+    with run_lock(cfg.OUTPUT_DIR) if comm.is_main_process() else nullcontext():
+        if comm.is_main_process():
+            (Path(cfg.OUTPUT_DIR) / "config.yaml").write_text(cfg.dump())
+        trainer = trainer_class(cfg, options, **load_options)
+        trainer.resume_or_load(resume=resume)
+        trainer.train()
     storage = trainer.storage
     latest = {name: value for name, (value, _) in storage.latest().items()}
     return TrainingResult(

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from nl_detectron.engine.ablation import train_and_evaluate
+from nl_detectron.engine.checkpoint_files import write_atomically
 from nl_detectron.engine.console import suppress_detectron2_warnings
 
 from ..trainer import PairedVideoTrainer
@@ -126,9 +127,8 @@ def train(run: Run, data: Path, output: Path) -> Result:
         time.perf_counter() - start[0],
         time.process_time() - start[1],
     )
-    written = folder / "result.json.partial"
-    written.write_text(json.dumps(result._asdict()))
-    os.replace(written, folder / "result.json")
+    with write_atomically(folder / "result.json") as file:
+        file.write(json.dumps(result._asdict()))
     return result
 
 
