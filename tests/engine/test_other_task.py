@@ -82,6 +82,10 @@ def test_random_seed_is_kept(toy_cfg):
         losses = trainer.storage.history("total_loss").values()
         assert [iteration for _, iteration in losses] == list(range(toy_cfg.SOLVER.MAX_ITER))
     assert seeds == [seeds[0], seeds[0], 7]
+    again = ToyTrainer(toy_cfg)
+    again.resume_or_load()
+    again.train()
+    assert again.iter == again.storage.iter == 6  # nothing was left to do
     assert ToyTrainer(toy_cfg.merge_from_list(["SEED", -1]) or toy_cfg).seed != seeds[0]
 
 

@@ -12,10 +12,12 @@ import time
 
 import pytest
 import torch
+from detectron2.engine import TrainerBase
 from detectron2.modeling import GeneralizedRCNN
+from detectron2.utils.events import EventStorage
 from PIL import Image
 
-from nl_detectron.engine.history import drop_later_lines
+from nl_detectron.engine.history import History, drop_later_lines
 from nl_detectron_cli import train
 from tests.generated_coco import write_coco
 from tests.running import (
@@ -128,6 +130,26 @@ def assert_same(found, expected, path=""):
         assert torch.equal(found, expected), path
     else:
         assert found == expected, path
+
+
+def test_history_ends_where_the_training_goes_on():
+    """Iteration 2 has failed when the state was saved, and will have values again."""
+
+    class Stopped(TrainerBase):
+        start_iter = 2
+
+    first, second = Stopped(), Stopped()
+    for trainer in (first, second):
+        trainer.storage = EventStorage()
+        trainer.register_hooks([History()])
+    for first.storage.iter, loss in enumerate((0.1, float("nan"), 3.0)):
+        first.storage.put_scalar("loss", loss)
+    second.load_state_dict(first.state_dict())
+    second.before_train()
+    (value, iteration), (not_a_number, _) = second.storage.history("loss").values()
+    assert (value, iteration) == (0.1, 0)
+    assert not_a_number != not_a_number
+    assert second.storage.latest() == {}  # writers have written these
 
 
 def test_metrics_of_later_iterations_are_dropped(tmp_path):
