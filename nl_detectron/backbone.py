@@ -18,12 +18,15 @@ from torch.nn.modules.conv import _ConvNd
 
 from nl_detectron.config import backbone_options
 from nl_detectron.non_local import NonLocalBlock, insert_after
+from nl_detectron.padding import forget_sizes, remember_sizes
 
 
 def insert_non_local_blocks(
     resnet: nn.Module,
     after_blocks: Mapping[str, Sequence[int]],
     stage_options: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    mask_padding: bool = False,
     **block_options: Any,
 ) -> None:
     """Insert non-local blocks into the stages of a ResNet-like backbone, in place.
@@ -40,13 +43,17 @@ def insert_non_local_blocks(
         after_blocks: stage, such as "res4" or "layer3", to the indices of the residual blocks to
             insert after; 0-based, negative ones count from the end.
         stage_options: stage to those of ``block_options`` that differ for its blocks.
+        mask_padding: leave keys in the padding of a batch out of the sums, so that the response at
+            a position of an image is that of the image alone. The sizes of the images are read
+            from the backbone's input, see :mod:`nl_detectron.padding`. For 2-D networks of
+            ``CNNBlockBase`` (``ResNet``, ``RegNet``), whose strides are known.
         block_options: arguments of :class:`~nl_detectron.NonLocalBlock`. ``in_channels`` is only
             needed where the last convolution of a residual block is not its output.
 
     Raises:
         ValueError: a stage that is not built, an index that is out of range or given twice, a
-            ``dim`` that is not that of the stage's convolutions, or options of a stage without
-            blocks.
+            ``dim`` that is not that of the stage's convolutions, options of a stage without blocks,
+            or ``mask_padding`` for another network.
     """
     stage_options = stage_options or {}
     for stage_name, options in stage_options.items():
@@ -63,10 +70,32 @@ def insert_non_local_blocks(
     ]
     for stage, _, name, options in places:
         _check_dim(stage.get_submodule(name), options.get("dim", 2))
+        if mask_padding:
+            _check_images(resnet, options.get("dim", 2))
     for stage, i, name, options in places:
         channels = options.pop("in_channels", None) or _out_channels(stage.get_submodule(name))
         block = NonLocalBlock(channels, **options)
         insert_after(stage, name, f"non_local{i}", block.to(next(stage.parameters())))
+        if mask_padding:
+            block.image_stride = block_stride(resnet, block)
+    if mask_padding and places:
+        resnet.register_forward_pre_hook(remember_sizes)
+        resnet.register_forward_hook(forget_sizes, always_call=True)
+
+
+def block_stride(backbone: nn.Module, block: nn.Module) -> int:
+    """Return the stride of a block's map relative to the input of a detectron2 backbone.
+
+    Raises:
+        ValueError: the block is not part of the backbone.
+    """
+    stride = 1
+    for module in backbone.modules():
+        if module is block:
+            return stride
+        if isinstance(module, CNNBlockBase):
+            stride *= module.stride
+    raise ValueError("the block is not in this backbone")
 
 
 class NonLocalResNet(ResNet):
@@ -80,6 +109,7 @@ class NonLocalResNet(ResNet):
         *args: Any,
         after_blocks: Mapping[str, Sequence[int]],
         block_options: Mapping[str, Any] | None = None,
+        mask_padding: bool = False,
         **kwargs: Any,
     ):
         """Create the ResNet, then insert the blocks.
@@ -88,10 +118,12 @@ class NonLocalResNet(ResNet):
             args: positional arguments of ``ResNet``.
             after_blocks: see :func:`insert_non_local_blocks`.
             block_options: arguments of :class:`~nl_detectron.NonLocalBlock`.
+            mask_padding: see :func:`insert_non_local_blocks`.
             kwargs: keyword arguments of ``ResNet``.
         """
         super().__init__(*args, **kwargs)
-        insert_non_local_blocks(self, after_blocks, **(block_options or {}))
+        options = block_options or {}
+        insert_non_local_blocks(self, after_blocks, mask_padding=mask_padding, **options)
 
 
 @BACKBONE_REGISTRY.register()
@@ -153,6 +185,21 @@ def _check_dim(residual_block: nn.Module, dim: int) -> None:
             f"dim (config key MODEL.NON_LOCAL.DIM) must be {' or '.join(map(str, sorted(dims)))}, "
             f"as the convolutions of the backbone are, got {dim!r}"
         )
+
+
+def _check_images(resnet: nn.Module, dim: int) -> None:
+    what = "mask_padding (config key MODEL.NON_LOCAL.MASK_PADDING) must be False for"
+    if dim != 2:
+        raise ValueError(f"{what} blocks that are not 2-D, got True for dim {dim}")
+    known = {
+        m for block in resnet.modules() if isinstance(block, CNNBlockBase) for m in block.modules()
+    }
+    for name, module in resnet.named_modules():
+        if isinstance(module, _ConvNd) and module not in known:
+            raise ValueError(
+                f"{what} a network whose strides are not known, got True for "
+                f"{type(resnet).__name__} with {name!r}, which is not in a CNNBlockBase"
+            )
 
 
 def _residual_blocks(stage: nn.Module) -> list[str]:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nl_detectron import ops
 from nl_detectron.norm import CONV_FUNCTION, conv_and_norm, make_norm
+from nl_detectron.padding import key_mask, pool_keys, sizes_in_map
 from nl_detectron.parts import AXES, check_parts, part_size, to_map, to_rows
 
 SUBSAMPLE_POSITIONS = ("before_conv", "after_conv")
@@ -99,6 +100,9 @@ class NonLocalBlock(CNNBlockBase):
         self.activation_checkpoint = activation_checkpoint
         # One of ops.PATHS[pairwise] to force a path; None lets the size of the map choose.
         self.path: str | None = None
+        # Stride of the map in the images of a padded batch, to leave keys in the padding out of the
+        # sums; None to use them all.
+        self.image_stride: int | None = None
         self.inner_channels = inner_channels = max(in_channels // reduction, 1)
 
         conv = _CONV[dim]
@@ -126,35 +130,48 @@ class NonLocalBlock(CNNBlockBase):
         """Compute z = W_z y + x for a map x; z has the shape of x."""
         if self.activation_checkpoint and torch.is_grad_enabled():
             # The norm stays outside: recomputed, it would update its statistics twice.
-            y = checkpoint(self._respond, x, use_reentrant=False, preserve_rng_state=False)
+            arguments = x, self.sizes_in_map()
+            y = checkpoint(self._respond, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
-            y = self._respond(x)
+            y = self._respond(x, self.sizes_in_map())
         return x + conv_and_norm(y, self.conv_out, self.norm)
 
-    def attention(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
+    def attention(
+        self, x: Tensor, queries: Tensor | None = None, sizes: Tensor | None = None
+    ) -> Tensor:
         """The attention matrix of the block for the map x.
 
         Args:
             x: the map.
             queries: (Q,) positions to compute rows for, in row-major order; None for all.
+            sizes: (N, 2), rows and columns of each 2-D map that are not padding: all other
+                keys get 0. None for maps without padding.
 
         Returns:
             (N, Q, K), positions in row-major order, K after subsampling. Where positions do not
             attend to all others, the first axis has the parts of each map in row-major order, such
             as N * T frames with ``axes="space"``, and positions are counted within a part.
         """
-        theta, phi, _, w_f = self._embed(x)
+        theta, phi, _, w_f, mask = self._embed(x, sizes)
         if queries is not None:
             theta = theta[:, queries]
-        return ops.attention(theta, phi, pairwise=self.pairwise, scale=self.scale, w_f=w_f)
+        options: dict[str, Any] = {"pairwise": self.pairwise, "scale": self.scale}
+        return ops.attention(theta, phi, **options, w_f=w_f, key_mask=mask)
 
     def path_for(self, x: Tensor) -> str:
         """The path by which y is computed for the map x, one of ``ops.PATHS[pairwise]``.
 
         It may depend on whether gradients are needed, as well as on the size.
         """
-        theta, phi, g, _ = self._embed(x)
+        theta, phi, g, *_ = self._embed(x)
         return ops.choose_path(self.pairwise, theta, phi, g, self.scale, self.path)
+
+    def sizes_in_map(self) -> Tensor | None:
+        """Rows and columns of each map of a running backbone that are not padding, (N, 2).
+
+        ``None`` where padding is not masked.
+        """
+        return sizes_in_map(self.image_stride) if self.image_stride else None
 
     def pool_window(self, size: Sequence[Any]) -> list[int]:
         """Number of positions that one key covers, along each axis of a map of this size."""
@@ -186,23 +203,28 @@ class NonLocalBlock(CNNBlockBase):
             shown.append(f"group_frames={self.group_frames}")
         if self.activation_checkpoint:
             shown.append("activation_checkpoint=True")
+        if self.image_stride:
+            shown.append("mask_padding=True")
         return ", ".join(shown)
 
-    def _respond(self, x: Tensor) -> Tensor:
+    def _respond(self, x: Tensor, sizes: Tensor | None) -> Tensor:
         """Map x -> map y with D channels, Eq. 1."""
-        theta, phi, g, w_f = self._embed(x)
+        theta, phi, g, w_f, mask = self._embed(x, sizes)
+        options: dict[str, Any] = {"key_mask": mask, "path": self.path}
         if self.pairwise == "gaussian":
-            y = ops.gaussian(theta, phi, g, path=self.path)
+            y = ops.gaussian(theta, phi, g, **options)
         elif self.pairwise == "embedded_gaussian":
-            y = ops.embedded_gaussian(theta, phi, g, scale=self.scale, path=self.path)
+            y = ops.embedded_gaussian(theta, phi, g, scale=self.scale, **options)
         elif self.pairwise == "dot_product":
-            y = ops.dot_product(theta, phi, g, path=self.path)
+            y = ops.dot_product(theta, phi, g, **options)
         else:
-            y = ops.concatenation(theta, phi, g, w_f, path=self.path)
+            y = ops.concatenation(theta, phi, g, w_f, **options)
         return to_map(y, x, self.axes, self.group_frames)
 
-    def _embed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Any]:
-        """Map -> rows theta (N, Q, D), phi (N, K, D), g (N, K, D), and w_f of concatenation.
+    def _embed(
+        self, x: Tensor, sizes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Any, Tensor | None]:
+        """Map -> rows theta (N, Q, D), phi (N, K, D), g (N, K, D), w_f of concatenation, key mask.
 
         For ``gaussian``, theta and phi have width C; where w_f is folded into their convolution, 1.
         """
@@ -219,12 +241,13 @@ class NonLocalBlock(CNNBlockBase):
                 phi, w_phi = self._weighted(self.phi, w_phi), one
             w_f = torch.cat([one, w_phi], dim=1)[0]
         if after_conv:
-            phi_map, g_map = self._pool(phi(x)), self._pool(self.g(x))
+            phi_map, g_map = self._pool(phi(x), sizes), self._pool(self.g(x), sizes)
         else:
-            keys = self._pool(x)
+            keys = self._pool(x, sizes)
             phi_map, g_map = phi(keys), self.g(keys)
+        mask = None if sizes is None else key_mask(g_map, sizes, self.subsample)
         rows = partial(to_rows, axes=self.axes, group_frames=self.group_frames)
-        return rows(theta(x)), rows(phi_map), rows(g_map), w_f
+        return rows(theta(x)), rows(phi_map), rows(g_map), w_f, mask
 
     def _weighted(self, conv: Any, w: Tensor) -> Callable[[Tensor], Tensor]:
         """The convolution to one channel that computes w . conv(x), for w (1, D)."""
@@ -232,10 +255,13 @@ class NonLocalBlock(CNNBlockBase):
         bias = (w @ conv.bias[:, None])[0]
         return partial(CONV_FUNCTION[self.dim], weight=weight, bias=bias)
 
-    def _pool(self, x: Tensor) -> Tensor:
+    def _pool(self, x: Tensor, sizes: Tensor | None) -> Tensor:
         if self.subsample == 1:
             return x
-        return _MAX_POOL[self.dim](x, self.pool_window(x.shape[2:]))
+        window = self.pool_window(x.shape[2:])
+        if sizes is not None:
+            return pool_keys(x, window, sizes, self.subsample)
+        return _MAX_POOL[self.dim](x, window)
 
 
 def find_blocks(model: nn.Module, *patterns: str) -> dict[str, NonLocalBlock]:

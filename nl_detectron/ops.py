@@ -237,7 +237,9 @@ def attention(
     if pairwise not in PAIRWISE:
         raise ValueError(f"pairwise must be one of {PAIRWISE}, got {pairwise!r}")
     if pairwise in ("gaussian", "embedded_gaussian"):
-        return paths.softmax(theta, phi, scale and pairwise == "embedded_gaussian", key_mask)
+        scaled = scale and pairwise == "embedded_gaussian"
+        weights = paths.softmax(theta, phi, scaled, key_mask)
+        return weights if key_mask is None else weights.masked_fill(~key_mask[:, None, :], 0.0)
     theta, phi = paths.at_least_float32(theta), paths.at_least_float32(phi)
     with paths.no_autocast(theta):
         if pairwise == "dot_product":

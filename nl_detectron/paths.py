@@ -22,7 +22,10 @@ BLOCK_PAIRS = 2**21
 
 
 def softmax(theta: Tensor, phi: Tensor, scale: bool, key_mask: Tensor | None) -> Tensor:
-    """softmax_j(theta_i . phi_j), (N, Q, K) in at least float32; 0 where there are no keys."""
+    """softmax_j(theta_i . phi_j), (N, Q, K) in at least float32.
+
+    Here and below, samples without keys get the softmax over all of them: with g = 0, y is 0.
+    """
     # Unscaled products of half-precision features exceed 65504 in a healthy training, so the
     # product is computed in float32, not only the softmax.
     with no_autocast(theta):
@@ -30,11 +33,9 @@ def softmax(theta: Tensor, phi: Tensor, scale: bool, key_mask: Tensor | None) ->
         if scale:
             theta = theta * _scale(theta)
         affinity = theta @ phi.transpose(-2, -1)
-        if key_mask is None:
-            return affinity.softmax(dim=-1)
-        without_keys = ~key_mask.any(dim=-1)[:, None, None]
-        affinity = affinity.masked_fill(~key_mask[:, None, :], float("-inf"))
-        return affinity.softmax(dim=-1).masked_fill(without_keys, 0.0)
+        if key_mask is not None:
+            affinity.masked_fill_(~_never_empty(key_mask)[:, None, :], float("-inf"))
+        return affinity.softmax(dim=-1)
 
 
 def softmax_sum(
@@ -121,8 +122,7 @@ def fused_softmax_sum(
     width = max(theta.shape[-1], g.shape[-1])
     dtype = torch.promote_types(torch.promote_types(theta.dtype, phi.dtype), g.dtype)
     if key_mask is not None:
-        # A softmax over no keys is nan. Over all keys, with their g = 0, it gives the 0 we want.
-        key_mask = (key_mask | ~key_mask.any(dim=-1, keepdim=True))[:, None, None, :]
+        key_mask = _never_empty(key_mask)[:, None, None, :]
     query, key, value = (_as_head(t.to(dtype), width) for t in (theta, phi, g))
     with no_autocast(theta):
         y = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask, scale=factor)
@@ -172,6 +172,11 @@ def compiling() -> bool:
 def at_least_float32(x: Tensor) -> Tensor:
     """Convert half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _never_empty(key_mask: Tensor) -> Tensor:
+    """The mask, but all keys instead of none, over which a softmax is nan."""
+    return key_mask | ~key_mask.any(dim=-1, keepdim=True)
 
 
 def _as_head(rows: Tensor, width: int) -> Tensor:

@@ -22,7 +22,7 @@ CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 # which imports only from those named with it.
 ROOMS = {
     "safety": "pickles checkpoints configs folders",
-    "": "paths ops config norm parts non_local backbone keypoint_head __init__ env",
+    "": "paths ops config norm parts padding non_local backbone keypoint_head __init__ env",
     "model_zoo": "files model_zoo",
     "weights": "networks dialects names video blocks files convert report config_model "
     "video_config",

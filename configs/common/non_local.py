@@ -9,6 +9,7 @@ def add_to_backbone(model):
     bottom_up._target_ = NonLocalResNet
     bottom_up.after_blocks = {"res4": [-2]}
     bottom_up.block_options = {"subsample": 2}
+    bottom_up.mask_padding = True
 
 
 def add_to_keypoint_head(model):

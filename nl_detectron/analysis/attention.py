@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from detectron2.layers import CNNBlockBase
 from torch import Tensor, nn
 
 from nl_detectron.analysis.geometry import AttentionMap, FeatureGrid
@@ -58,16 +57,20 @@ class Recording:
         name: full name of the block.
         block: the block. Attention is computed with its parameters at the time of the query.
         inputs: maps (N, C, *size), in call order.
+        sizes: for each input, the rows and columns of its maps that are not padding, (N, 2), or
+            ``None`` where padding is not masked.
     """
 
     name: str
     block: NonLocalBlock
     inputs: list[Tensor] = field(default_factory=list)
+    sizes: list[Tensor | None] = field(default_factory=list)
 
-    def record_input(self, block: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def record_input(self, block: NonLocalBlock, args: tuple[Tensor, ...]) -> None:
         """Store the input of one call (a forward pre-hook)."""
         # Clone, because later layers may modify the tensor in place.
         self.inputs.append(args[0].detach().clone())
+        self.sizes.append(block.sizes_in_map())
 
     @property
     def last_input(self) -> Tensor:
@@ -94,7 +97,7 @@ class Recording:
         Returns:
             Map of the keys, ([T,] H, W), float32 or float64, on the CPU. It is 0 for keys that the
             query does not attend to: other frames with ``axes="space"``, other positions with
-            "time".
+            "time", padding where it is masked.
 
         Raises:
             RuntimeError: the block was not called.
@@ -112,7 +115,10 @@ class Recording:
         attended = [slice(q - p, q - p + n) for q, p, n in zip(query, position, part_size)]
         part = x[(slice(sample, sample + 1), slice(None), *attended)]
         index = int(np.ravel_multi_index(position, part.shape[2:]))
-        row = self.block.attention(part, torch.tensor([index], device=x.device)).flatten().cpu()
+        sizes = self.sizes[-1]
+        sizes = None if sizes is None else sizes[sample : sample + 1]
+        row = self.block.attention(part, torch.tensor([index], device=x.device), sizes)
+        row = row.flatten().cpu()
 
         weights = row.new_zeros([s // w for s, w in zip(size, self.block.pool_window(size))])
         weights[tuple(attended)] = row.view_as(weights[tuple(attended)])
@@ -155,18 +161,3 @@ def attention_map(
     return AttentionMap(
         weights, boxes.clip(0, [width, height] * 2), (x, y, cell[0] if cell[2:] else 0)
     )
-
-
-def block_stride(backbone: nn.Module, block: nn.Module) -> int:
-    """Return the stride of a block's map relative to the input of a detectron2 backbone.
-
-    Raises:
-        ValueError: the block is not part of the backbone.
-    """
-    stride = 1
-    for module in backbone.modules():
-        if module is block:
-            return stride
-        if isinstance(module, CNNBlockBase):
-            stride *= module.stride
-    raise ValueError("the block is not in this backbone")

@@ -30,8 +30,8 @@ class BlockHealth(NamedTuple):
     """Summary of one call of a block.
 
     Attributes:
-        residual_ratio: |W_z y| / |x|, Euclidean norms over the whole map; 0 means that the block
-            does nothing.
+        residual_ratio: |W_z y| / |x|, Euclidean norms over all maps; 0 means that the block does
+            nothing.
         entropy: see :func:`entropy`.
         query_dependence: see :func:`query_dependence`.
     """
@@ -78,14 +78,29 @@ def query_dependence(attention: Tensor) -> float:
 
 
 @torch.no_grad()
-def block_health(block: NonLocalBlock, x: Tensor, z: Tensor) -> BlockHealth:
+def block_health(
+    block: NonLocalBlock, x: Tensor, z: Tensor, sizes: Tensor | None = None
+) -> BlockHealth:
     """Measure a block on its input x and output z, both (N, C, *size).
 
     Attention is computed for at most ``MAX_QUERIES`` queries of ``MAX_SAMPLES`` samples. The
     queries are always the same, and the global random state is not touched.
+
+    Args:
+        block: the block.
+        x: its input.
+        z: its output.
+        sizes: (N, 2), rows and columns of each map that are not padding, where the block masks
+            padding: only they are measured. The numbers are means over the images then.
     """
-    size = x.shape[2:]
-    queries = math.prod(block.part_size(size))
+    if sizes is not None:
+        images = [
+            [m[n : n + 1, :, :rows, :columns] for m in (x, z)]
+            for n, (rows, columns) in enumerate(sizes[:MAX_SAMPLES].tolist())
+        ]
+        each = torch.tensor([block_health(block, *image) for image in images], dtype=torch.float64)
+        return BlockHealth(*each.nanmean(dim=0).tolist())
+    queries = math.prod(block.part_size(x.shape[2:]))
     chosen = torch.randperm(queries, generator=torch.Generator().manual_seed(0))[:MAX_QUERIES]
     attention = block.attention(x[:MAX_SAMPLES], chosen.to(x.device))
     ratio = (z.float() - x.float()).norm() / x.float().norm()
@@ -111,7 +126,7 @@ def watch_health(
 
     def measure(name: str, block: NonLocalBlock, args: tuple[Tensor, ...], z: Tensor) -> None:
         if len(z):
-            report(name, block_health(block, args[0], z))
+            report(name, block_health(block, args[0], z, block.sizes_in_map()))
 
     with ExitStack() as hooks:
         for name, block in find_blocks(model, *(patterns or "*")).items():

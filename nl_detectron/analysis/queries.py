@@ -10,9 +10,10 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import Metadata
 
-from nl_detectron.analysis.attention import attention_map, block_stride, record_attention
+from nl_detectron.analysis.attention import attention_map, record_attention
 from nl_detectron.analysis.drawing import Box, Detection
 from nl_detectron.analysis.geometry import AttentionMap, FeatureGrid, middle_frame
+from nl_detectron.backbone import block_stride
 
 
 class QuerySpec(NamedTuple):

@@ -12,8 +12,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from nl_detectron import NonLocalBlock, ops
-from nl_detectron.analysis.attention import attention_map, block_stride, record_attention
+from nl_detectron.analysis.attention import attention_map, record_attention
 from nl_detectron.analysis.geometry import FeatureGrid
+from nl_detectron.backbone import block_stride
 from nl_detectron.non_local import find_blocks
 from tests import oracles, planted
 
