@@ -27,9 +27,8 @@ def explained_errors() -> Iterator[None]:
         if isinstance(error, RuntimeError) and not _LOST.search(message):
             raise
         lost = "a data-loader worker" if "DataLoader" in message else _LOST_PROCESS
-        raise SystemExit(
-            f"{lost} is lost: {message.strip().splitlines()[0].rstrip('. ')}"
-        ) from error
+        first_sentence = message.strip().splitlines()[0].split(". ")[0].rstrip(".")
+        raise SystemExit(f"{lost} is lost: {first_sentence}") from error
     except (FloatingPointError, OSError, UnreadableFile) as error:
         raise SystemExit(" ".join(str(error).split())) from error
 

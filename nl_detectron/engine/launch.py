@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import signal
+import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,13 +15,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from detectron2 import engine
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from nl_detectron.engine.console import errors_without_traceback, suppress_detectron2_warnings
 from nl_detectron.engine.lock import run_lock
+from nl_detectron.engine.signals import forward_signals
 from nl_detectron.safety.folders import check_output_folder
 
 Main = Callable[[argparse.Namespace], Any]
@@ -33,6 +35,9 @@ def launch(
 ) -> None:
     """Run ``main(args)`` in as many processes as the arguments ask for, on GPUs or on the CPU.
 
+    Under ``torchrun``, this is one of the processes already. Otherwise the launcher passes signals
+    on to the processes, and exits with the code of the first that failed.
+
     Invalid arguments, configs, data sets and weights end the program with a one-line message before
     anything else is printed, as does another run in the same ``OUTPUT_DIR``.
 
@@ -43,25 +48,88 @@ def launch(
         check: raises ``ValueError`` if ``main`` cannot run with the config.
     """
     with suppress_detectron2_warnings():
-        with errors_without_traceback():
-            cfg = read_config(args)
-            processes = _number_of_processes(args, cfg)
-            _check_output(cfg)
-            with ExitStack() as stack:
-                if args.machine_rank == 0:
-                    stack.enter_context(run_lock(cfg.OUTPUT_DIR))
-                check(args, cfg)
+        if dist.is_torchelastic_launched():
+            _run_under_torchrun(main, args, read_config, check)
+            return
+        cfg = _checked_config(args, read_config, check)
+        processes, cpu = _processes(args), cfg.MODEL.DEVICE == "cpu"
         main = functools.partial(_run_locked, main, cfg.OUTPUT_DIR)
-        world_size = processes * args.num_machines
-        if world_size == 1:
+        if processes * args.num_machines == 1:
             main(args)
-        elif cfg.MODEL.DEVICE == "cpu":
-            with tempfile.TemporaryDirectory() as folder:
-                url = f"file://{folder}/store" if args.dist_url == "auto" else args.dist_url
-                mp.start_processes(_cpu_worker, (main, args, processes, url), processes)
-        else:
-            machines = (args.num_machines, args.machine_rank, args.dist_url)
-            engine.launch(main, processes, *machines, args=(args,))
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            url = f"file://{folder}/store" if args.dist_url == "auto" else args.dist_url
+            _start_processes(processes, (main, args, cpu, url))
+
+
+def _checked_config(
+    args: argparse.Namespace,
+    read_config: Callable[[argparse.Namespace], CfgNode],
+    check: Callable[[argparse.Namespace, CfgNode], None],
+) -> CfgNode:
+    """Return the config of a run that nothing is known to be wrong with."""
+    with errors_without_traceback():
+        cfg = read_config(args)
+        _check_processes(args, cfg)
+        _check_output(cfg)
+        with ExitStack() as stack:
+            if args.machine_rank == 0:
+                stack.enter_context(run_lock(cfg.OUTPUT_DIR))
+            check(args, cfg)
+    return cfg
+
+
+def _run_under_torchrun(
+    main: Main,
+    args: argparse.Namespace,
+    read_config: Callable[[argparse.Namespace], CfgNode],
+    check: Callable[[argparse.Namespace, CfgNode], None],
+) -> None:
+    """Run ``main`` in this process, one of those that PyTorch's launcher has started.
+
+    The first process checks the input, and tells the others when they may begin.
+    """
+    with errors_without_traceback():
+        _take_processes_of_torchrun(args)
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    # Without a prefix, processes that are restarted find the addresses of those before them.
+    store = dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    if rank == 0:
+        cfg = _checked_config(args, read_config, check)
+        store.set("device", cfg.MODEL.DEVICE)
+        main = functools.partial(_run_locked, main, cfg.OUTPUT_DIR)
+    cpu = store.get("device") == b"cpu"  # waits for it
+    _run_in_group(main, args, cpu, rank, world_size, store=store)
+
+
+def _take_processes_of_torchrun(args: argparse.Namespace) -> None:
+    defaults = {"num_gpus": 1, "num_processes": None, "num_machines": 1, "machine_rank": 0}
+    for option, default in defaults.items():
+        if getattr(args, option) != default:
+            raise ValueError(
+                f"--{option.replace('_', '-')} must not be given under torchrun, which has "
+                f"--nproc-per-node and --nnodes for it; got {getattr(args, option)}"
+            )
+    args.num_processes = int(os.environ["LOCAL_WORLD_SIZE"])
+    args.num_machines = int(os.environ["WORLD_SIZE"]) // args.num_processes
+    args.machine_rank = int(os.environ["GROUP_RANK"])
+
+
+def _start_processes(count: int, worker_args: tuple) -> None:
+    """Start the processes of this machine, wait for them, and exit as the first that failed."""
+    context = mp.start_processes(_worker, worker_args, count, join=False)
+    with forward_signals(context.processes):
+        try:
+            while not context.join():
+                pass
+        except mp.ProcessExitedException as error:
+            if error.exit_code < 0:
+                name = signal.Signals(-error.exit_code).name
+                print(f"Process {error.error_index} was killed by {name}.", file=sys.stderr)
+            code = error.exit_code if error.exit_code > 0 else 128 - error.exit_code
+            raise SystemExit(code) from None
+        except mp.ProcessRaisedException as error:
+            raise SystemExit(str(error)) from None
 
 
 def _run_locked(main: Main, folder: str, args: argparse.Namespace) -> None:
@@ -76,9 +144,13 @@ def _run_locked(main: Main, folder: str, args: argparse.Namespace) -> None:
         main(args)
 
 
-def _number_of_processes(args: argparse.Namespace, cfg: CfgNode) -> int:
+def _processes(args: argparse.Namespace) -> int:
     """Return the number of processes on this machine."""
-    processes = args.num_processes or args.num_gpus
+    return args.num_processes or args.num_gpus
+
+
+def _check_processes(args: argparse.Namespace, cfg: CfgNode) -> None:
+    processes = _processes(args)
     if cfg.MODEL.DEVICE == "cpu":
         if args.num_gpus > 1:
             raise ValueError(
@@ -100,7 +172,6 @@ def _number_of_processes(args: argparse.Namespace, cfg: CfgNode) -> int:
             f"SOLVER.IMS_PER_BATCH must be a multiple of the number of processes, {world_size}; "
             f"got {batch_size}"
         )
-    return processes
 
 
 def _check_output(cfg: CfgNode) -> None:
@@ -125,18 +196,39 @@ def limit_threads(processes: int) -> None:
         torch.set_num_threads(max(1, torch.get_num_threads() // processes))
 
 
-def _cpu_worker(rank: int, main: Main, args: argparse.Namespace, processes: int, url: str) -> None:
-    """Replace detectron2's worker, which requires CUDA in version 0.6."""
-    limit_threads(processes)
-    dist.init_process_group(
-        "gloo",
-        url,
-        rank=args.machine_rank * processes + rank,
-        world_size=args.num_machines * processes,
-    )
-    for machine in range(args.num_machines):
-        group = dist.new_group(list(range(machine * processes, (machine + 1) * processes)))
-        if machine == args.machine_rank:
+def _worker(local_rank: int, main: Main, args: argparse.Namespace, cpu: bool, url: str) -> None:
+    processes = _processes(args)
+    if cpu:
+        limit_threads(processes)
+    rank = args.machine_rank * processes + local_rank
+    try:
+        _run_in_group(main, args, cpu, rank, processes * args.num_machines, init_method=url)
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
+def _run_in_group(
+    main: Main, args: argparse.Namespace, cpu: bool, rank: int, world_size: int, **where: Any
+) -> None:
+    """Run ``main`` as one of several processes, which detectron2 0.6 can do with CUDA only.
+
+    Args:
+        main: runs in every process.
+        args: passed to ``main``.
+        cpu: whether the processes train on the CPU.
+        rank: of this process among those of all machines.
+        world_size: their number.
+        where: the processes meet: options of ``init_process_group``.
+    """
+    local_size = _processes(args)
+    if not cpu:
+        torch.cuda.set_device(rank % local_size)
+    backend = "gloo" if cpu else "nccl"
+    dist.init_process_group(backend, rank=rank, world_size=world_size, **where)
+    for first in range(0, world_size, local_size):
+        ranks = list(range(first, first + local_size))
+        group = dist.new_group(ranks)
+        if rank in ranks:
             comm._LOCAL_PROCESS_GROUP = group
     comm.synchronize()
     with suppress_detectron2_warnings():

@@ -28,15 +28,18 @@ class StopOnSignal(HookBase):
     128 plus the signal's number. A second signal more than a second later ends a process at once.
 
     It is also a context manager: inside it, and only in the main thread, the signals are handled.
+
+    Attributes:
+        received: the signal that this process has received, 0 for none.
     """
 
     def __init__(self) -> None:
-        self._number = 0
-        self._received = 0.0
+        self.received = 0
+        self._time = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
-        self._number = 0
+        self.received = 0
         if _in_main_thread():
             self._previous = {n: signal.signal(n, self._receive) for n in STOP_SIGNALS}
         return self
@@ -48,18 +51,18 @@ class StopOnSignal(HookBase):
 
     def after_step(self) -> None:
         """Save and exit if a process has received a signal."""
-        number = _maximum_of_processes(self._number)
+        number = _maximum_of_processes(self.received)
         if number:
             self.trainer.stop(f"Stopped by {signal.Signals(number).name}", 128 + number)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if not self._number:
-            self._number, self._received = number, now
+        if not self.received:
+            self.received, self._time = number, now
             if comm.is_main_process():
                 name = signal.Signals(number).name
                 os.write(2, f"{name}: stopping after this iteration; again: at once\n".encode())
-        elif now - self._received > DUPLICATE_SECONDS:
+        elif now - self._time > DUPLICATE_SECONDS:
             os._exit(128 + number)
 
 
@@ -105,6 +108,9 @@ def forward_signals(processes: list[Any]) -> Iterator[None]:
             if process.is_alive():
                 os.kill(process.pid, number)
 
+    if not _in_main_thread():
+        yield
+        return
     previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
     try:
         yield

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -17,6 +21,7 @@ from detectron2.modeling import build_model
 from nl_detectron.config import load_config
 from nl_detectron.engine.console import errors_without_traceback, suppress_detectron2_warnings
 from nl_detectron.engine.launch import limit_threads
+from nl_detectron.engine.signals import StopOnSignal
 from nl_detectron_cli import train
 from tests.running import NO_GPU, QUICK, ROOT, TINY, custom_data_arguments, launched
 
@@ -42,9 +47,13 @@ def save_model(file, *options):
     torch.save({"model": build_model(cfg).state_dict()}, file)
 
 
-def write_threads(args):
-    """Tell how many threads PyTorch uses in this process."""
-    Path(f"rank{torch.distributed.get_rank()}").write_text(str(torch.get_num_threads()))
+def wait_for_signal(args):
+    """Tell how many threads PyTorch uses in this process, and exit as a training does."""
+    with StopOnSignal() as stop:
+        Path(f"rank{torch.distributed.get_rank()}").write_text(str(torch.get_num_threads()))
+        while not stop.received:
+            time.sleep(0.01)
+    raise SystemExit(128 + stop.received)
 
 
 def fail(args):
@@ -121,15 +130,39 @@ class TestMistakes:
 
 
 class TestProcesses:
-    def test_share_the_cores(self, start, tmp_path, monkeypatch):
+    def test_share_the_cores_and_get_signals(self, start, tmp_path, monkeypatch):
+        """A signal to the one that started them reaches them, and their exit code is its own."""
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
             monkeypatch.delenv(name, raising=False)
         count = "import torch; print(torch.get_num_threads())"
         alone = subprocess.run([sys.executable, "-c", count], capture_output=True, check=True)
-        start(write_threads, "--num-processes 2 --dist-url auto")
+
+        def send_signal():
+            while len(list(tmp_path.glob("rank*"))) < 2:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+        threading.Thread(target=send_signal, daemon=True).start()
+        with pytest.raises(SystemExit) as exit:
+            start(wait_for_signal, "--num-processes 2 --dist-url auto")
+        assert exit.value.code == 128 + signal.SIGUSR1
         written = {path.name: path.read_text() for path in tmp_path.glob("rank*")}
         half = str(max(1, int(alone.stdout) // 2))
         assert written == {"rank0": half, "rank1": half}
+
+    @pytest.mark.parametrize(
+        ("option", "message"),
+        [
+            ("--num-processes 2", "--num-processes must not be given under torchrun, .* got 2"),
+            ("--num-gpus 3", "--num-gpus must not be .* --nproc-per-node and --nnodes.* got 3"),
+            ("--num-machines 2", "--num-machines must not be .* got 2"),
+            ("--machine-rank 1", "--machine-rank must not be .* got 1"),
+        ],
+    )
+    def test_options_that_are_torchruns(self, option, message, start, monkeypatch):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+        with pytest.raises(SystemExit, match=message):
+            start(fail, option)
 
     @pytest.mark.parametrize("given", ["OMP_NUM_THREADS", "MKL_NUM_THREADS"])
     def test_number_of_threads_that_is_given_stays(self, given, monkeypatch):
