@@ -21,15 +21,11 @@ class History(HookBase):
         self._restored: dict[str, dict[str, Tensor]] = {}
 
     def before_train(self) -> None:
-        """Give the new storage what the checkpoint had.
-
-        One that was saved after a failure may have some scalars of the iteration that failed.
-        """
+        """Give the new storage what the checkpoint had."""
         histories = self.trainer.storage.histories()
         for name, restored in self._restored.items():
             for value, iteration in zip(restored["value"].tolist(), restored["iteration"].tolist()):
-                if iteration < self.trainer.start_iter:
-                    histories[name].update(value, iteration)
+                histories[name].update(value, iteration)
         self._restored = {}
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:

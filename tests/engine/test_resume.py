@@ -133,15 +133,15 @@ def assert_same(found, expected, path=""):
 
 
 def test_history_ends_where_the_training_goes_on():
-    """Iteration 2 has failed when the state was saved, and will have values again."""
+    """Iteration 2 failed, so the state of iteration 1 was saved."""
     first, second = TrainerBase(), TrainerBase()
     for trainer in (first, second):
         trainer.storage = EventStorage()
         trainer.register_hooks([History()])
     for first.storage.iter, loss in enumerate((0.1, float("nan"), 3.0)):
         first.storage.put_scalar("loss", loss)
+    first.iter = 1
     second.load_state_dict(first.state_dict())
-    second.start_iter = 2
     second.before_train()
     (value, iteration), (not_a_number, _) = second.storage.history("loss").values()
     assert (value, iteration) == (0.1, 0)
