@@ -63,7 +63,7 @@ def check_images(images: Sequence[Any], findings: Findings) -> list[dict[str, An
 def leaves_folder(file_name: str) -> bool:
     """Whether a file name, relative to a folder, leads out of it."""
     path = os.path.normpath(file_name.replace("\\", "/"))
-    return path.startswith(("..", "/")) or os.path.isabs(file_name)
+    return path.split("/")[0] in ("", "..") or os.path.isabs(file_name)
 
 
 def check_annotations(
@@ -108,17 +108,11 @@ def check_annotations(
         problems += _flag_problems(annotation)
         if annotation.get("bbox") not in MISSING:
             problems += box_problems(annotation["bbox"], size)
-        labeled = True
         if annotation.get("keypoints") not in MISSING:
             category_id = annotation.get("category_id")
             count = num_keypoints.get(category_id, 0) if _is_id(category_id) else 0
             values = 3 * count if count or "keypoints" in required_keys else None
-            found = list(keypoint_problems(annotation["keypoints"], values, size))
-            if "keypoints" in required_keys:
-                labeled = not found and any(annotation["keypoints"][2::3])
-            if not any(kind.startswith("keypoints") for kind, _ in found):
-                problems += _count_problems(annotation)
-            problems += found
+            problems += keypoint_problems(annotation, values, size)
         if annotation.get("segmentation") not in MISSING:
             problems += mask_problems(annotation["segmentation"], size)
             if (
@@ -131,7 +125,8 @@ def check_annotations(
             where = _name(annotation, number, image)
             for kind, description in problems:
                 findings.add(kind, description, where)
-        objects += labeled and not annotation.get("iscrowd")
+        if not annotation.get("iscrowd"):
+            objects += "keypoints" not in required_keys or _is_labeled(annotation)
     if not objects:
         kind = " with keypoints" * ("keypoints" in required_keys)
         findings.add("no-objects", f"has no objects{kind}")
@@ -147,16 +142,21 @@ def box_problems(box: Any, size: Size | None) -> Iterator[Problem]:
         yield "box-empty", f"its bbox is {short(box)}"
     if size:
         width, height = size
+        kind = ""
         ends = (x, y, x + w, y + h)
-        described = f"its bbox is {short(box)} in an image of {width} x {height}"
         if x >= width or y >= height or x + w < 0 or y + h < 0 or _is_far(ends, size):
-            yield "box-outside", described
+            kind = "box-outside"
         elif min(x, y) < -1 or x + w > width + 1 or y + h > height + 1:
-            yield "box-beyond", described
+            kind = "box-beyond"
+        if kind:
+            yield kind, f"its bbox is {short(box)} in an image of {width} x {height}"
 
 
-def keypoint_problems(keypoints: Any, values: int | None, size: Size | None) -> Iterator[Problem]:
+def keypoint_problems(
+    annotation: dict[str, Any], values: int | None, size: Size | None
+) -> Iterator[Problem]:
     """Yield what is wrong with the keypoints of an object, which should have so many values."""
+    keypoints, number = annotation["keypoints"], annotation.get("num_keypoints")
     if not _are_finite(keypoints):
         yield "keypoints", f"its keypoints are {short(keypoints)}"
         return
@@ -164,6 +164,9 @@ def keypoint_problems(keypoints: Any, values: int | None, size: Size | None) -> 
         needed = f"its category needs {values}"
         yield "keypoints-length", f"it has {len(keypoints)} keypoint values, {needed}"
         return
+    labeled = sum(visibility > 0 for visibility in keypoints[2::3])
+    if number not in (None, labeled):
+        yield "num-keypoints", f"its num_keypoints is {short(number)}, {labeled} are labeled"
     if not {*keypoints[2::3]} <= {0, 1, 2}:
         yield "keypoint-visibility", f"its visibilities are {short(keypoints[2::3])}"
     if size:
@@ -245,11 +248,10 @@ def _flag_problems(annotation: dict[str, Any]) -> Iterator[Problem]:
         yield "ignore", f"its ignore is {short(annotation['ignore'])}"
 
 
-def _count_problems(annotation: dict[str, Any]) -> Iterator[Problem]:
-    given = annotation.get("num_keypoints")
-    labeled = sum(visibility > 0 for visibility in annotation["keypoints"][2::3])
-    if given is not None and given != labeled:
-        yield "num-keypoints", f"its num_keypoints is {short(given)}, {labeled} are labeled"
+def _is_labeled(annotation: dict[str, Any]) -> bool:
+    """Whether an object has a labeled keypoint."""
+    keypoints = annotation.get("keypoints")
+    return isinstance(keypoints, list) and any(keypoints[2::3])
 
 
 def _rle_problem(mask: dict[str, Any], size: Size | None) -> str | None:

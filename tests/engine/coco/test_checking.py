@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as mask_util
 
+from nl_detectron.engine.coco.annotations import leaves_folder
 from nl_detectron.engine.coco.checking import Source, check_sources
 from nl_detectron.engine.coco.findings import parse_treat
 
@@ -298,6 +299,17 @@ def test_turned_as_the_file_says(data):
     data.content["images"][2] |= {"height": 96, "width": 64}
     data.content["annotations"][2]["bbox"] = [4, 4, 9, 9]
     assert not data.found().counts
+
+
+@pytest.mark.parametrize("name", ["..a.png", "a/../b.png", "a/..", "x\\y.png", "...", "C:a.png"])
+def test_file_names_within_the_folder(name):
+    assert not leaves_folder(name)
+
+
+def test_warnings_do_not_make_objects_useless(data):
+    for annotation in data.content["annotations"]:
+        annotation["keypoints"][0] = -1
+    assert data.found().counts == {"keypoint-outside": 4}
 
 
 def test_nothing_to_learn(data):
