@@ -97,9 +97,9 @@ def test_killed_and_resumed(images, tmp_path):
     assert all(shapes[first[0]] == shapes[second[0]] for first, second in whole)
 
     code = "import sys; from tests.engine.test_resume import train_recorded as f; f(*sys.argv[1:], "
-    env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-c", code + "kill_in=10)", tmp_path / "killed_seen"]
-    done = subprocess.run([*command, *arguments("killed", 2)], env=os.environ | env)
+    done = subprocess.run([*command, *arguments("killed", 2)], env=env, cwd=ROOT)
     assert done.returncode == -signal.SIGKILL
     assert json.loads((tmp_path / "killed_seen").read_text()) == whole[:10]
     shutil.copytree(tmp_path / "killed", tmp_path / "killed_0")
