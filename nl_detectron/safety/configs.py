@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 
 BASE_KEY = "_BASE_"
-MAX_BYTES = 2**18
+MAX_BYTES = 2**16
 MAX_FILES = 50
-MAX_VALUES = 50_000
+MAX_VALUES = 20_000
 MAX_DEPTH = 50
 # The safe loader's own, with "<<" and "=", which it resolves itself.
 _TAGS = {

@@ -38,12 +38,14 @@ class DType:
         """Take the state that numpy writes: a version, the byte order, and nothing for numbers."""
         self.dtype = self.dtype.newbyteorder(state[1])
 
-    def parse(self, data: Any, shape: tuple[int, ...]) -> np.ndarray:
-        """Return the array that the bytes hold; Python 2 wrote them as a string."""
+    def check(self, data: Any, shape: tuple[int, ...]) -> bytes:
+        """Return the bytes of an array, as strings in Python 2, if they fill its shape."""
         data = data.encode("latin1") if isinstance(data, str) else data
+        if not isinstance(data, (bytes, bytearray)):  # bytes(10**12) would make as many
+            raise pickle.UnpicklingError(REFUSAL.format(f"an array of a {type(data).__name__}"))
         if min(shape, default=0) < 0 or math.prod(shape) * self.dtype.itemsize != len(data):
             raise pickle.UnpicklingError(f"an array of shape {shape} has {len(data)} bytes")
-        return np.frombuffer(data, self.dtype)
+        return bytes(data)
 
 
 class Array(np.ndarray):
@@ -56,17 +58,17 @@ class Array(np.ndarray):
     def __setstate__(self, state: Any) -> None:
         """Take the state that numpy writes, and check that the bytes fill the shape."""
         *_, shape, dtype, fortran, data = state
-        flat = dtype.parse(data, shape)
-        checked: Any = (1, shape, flat.dtype, bool(fortran), flat.tobytes())
+        checked: Any = (1, shape, dtype.dtype, bool(fortran), dtype.check(data, shape))
         super().__setstate__(checked)
 
 
 def _scalar(dtype: DType, data: Any) -> Any:
-    return dtype.parse(data, ())[0]
+    return np.frombuffer(dtype.check(data, ()), dtype.dtype)[0]
 
 
 def _from_buffer(data: Any, dtype: DType, shape: tuple[int, ...], order: Any) -> np.ndarray:
-    return dtype.parse(bytes(data), shape).reshape(shape, order=order).copy()
+    flat = np.frombuffer(dtype.check(data, shape), dtype.dtype)
+    return flat.reshape(shape, order=order).copy()
 
 
 def _new_array(kind: type, shape: tuple[int, ...], dtype: Any) -> Array:

@@ -132,6 +132,7 @@ PICKLE_BOMBS = {
     "shape": huge_array((2**36,)),
     "negative": huge_array((-2, -4), "u1", b"x" * 8),
     "object": huge_array((1,), "O", [0]),
+    "number": huge_array((2**32,), "u1", 2**32),
     "structure": huge_array((1,), "f8,f8", b"x" * 16),
     "new_array": opcode(NUMPY_ARRAY, HUGE, b"\x85U\x01OR", b"cos\nmkdir\n"),
     "memo": opcode(b"}", b"r\xff\xff\xff\xff", b"cos\nmkdir\n"),
@@ -224,7 +225,7 @@ def refuse(path, message="."):
     before, start = peak_memory(), time.monotonic()
     with pytest.raises(ValueError, match=message):
         read(path)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20
     assert peak_memory() - before < 5e8
 
 

@@ -84,14 +84,14 @@ def bomb(kind):
     laughs = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
     merges = [f"m{i}: &m{i}\n  <<: [{', '.join([f'*m{i - 1}'] * 10)}]" for i in range(1, 10)]
     return {
-        "aliases": ("\n".join(["a0: &a0 [1]", *laughs]), "more than 50000 values"),
-        "merges": ("\n".join(["m0: &m0 {x: 1}", *merges]), "more than 50000 values"),
+        "aliases": ("\n".join(["a0: &a0 [1]", *laughs]), "more than 20000 values"),
+        "merges": ("\n".join(["m0: &m0 {x: 1}", *merges]), "more than 20000 values"),
         "cycle": ("a: &a [*a]", "an alias refers to what it is part of"),
-        "brackets": ("[" * 100_000, "nested too deeply"),
+        "brackets": ("[" * 60_000, "nested too deeply"),
         "nested": ("a: " + "[" * 60 + "]" * 60, "nested more than 50 levels"),
-        "large": ("# " + "x" * 300_000, "more than 262144 bytes"),
-        "parentheses": (f"SEED: '{'(' * 100_000}'", "SEED|Type mismatch"),
-        "signs": (f"SEED: '{'-' * 100_000}1'", "is not a YAML config"),
+        "large": ("# " + "x" * 70_000, "more than 65536 bytes"),
+        "parentheses": (f"SEED: '{'(' * 60_000}'", "SEED|Type mismatch"),
+        "signs": (f"SEED: '{'-' * 60_000}1'", "is not a YAML config"),
         "list": ("[1, 2]", "it holds a list"),
         "empty": ("", "it holds nothing"),
         "tabs": ("a:\n\tb: 1", "is not a YAML config"),
@@ -117,7 +117,7 @@ def test_bombs(kind, tmp_path):
     start = time.monotonic()
     with pytest.raises(ValueError, match=message):
         load_config(file)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20
 
 
 def test_aliases_are_fine(tmp_path):
