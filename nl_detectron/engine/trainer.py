@@ -182,7 +182,9 @@ class StrictTrainer(engine.DefaultTrainer):
                     raise
                 saved = self._save_after_failure()
                 if isinstance(error, SystemExit):
-                    raise SystemExit(". ".join(filter(None, [str(error), saved]))) from error
+                    # If it is a checkpoint that could not be saved, both are the same.
+                    sentences = dict.fromkeys(filter(None, [str(error), saved]))
+                    raise SystemExit(". ".join(sentences)) from error
                 if saved:
                     logger.error(saved)
                 raise

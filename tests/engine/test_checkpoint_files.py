@@ -196,6 +196,14 @@ class TestSaving:
             with pytest.raises(ValueError, match=r"weights\.pth: the weights are not finite: weig"):
                 StrictCheckpointer(nn.Linear(3, 2), **options).load(str(folder / "weights.pth"))
 
+    def test_large_weights(self, folder):
+        """Their sum is not finite, but they are."""
+        saving = checkpointer(folder, 11)
+        with torch.no_grad():
+            saving.model.weight.fill_(3e38)
+        saving.save("model_0000011")
+        assert newest_checkpoint(str(folder)) == str(folder / "model_0000011.pth")
+
     def test_damaged_weights_are_not_loaded(self, folder):
         flip(folder / "model_0000009.pth")
         with pytest.raises(ValueError, match=r"model_0000009\.pth: .*checksum"):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
+import subprocess
 import time
 
 import pytest
@@ -28,7 +30,7 @@ ITERATIONS = 40
 def start(custom_data):
     """Train in a child of this process, which has imported everything; return its number."""
 
-    def start(folder):
+    def start(folder, output=os.devnull):
         data = custom_data_arguments(custom_data, "train")
         arguments = words("--resume --keep-last 3 --config-file", CONFIG, *data, *TINY)
         arguments += words("SOLVER.CHECKPOINT_PERIOD 1 SOLVER.MAX_ITER", ITERATIONS)
@@ -36,25 +38,27 @@ def start(custom_data):
             return child
         code = 1
         try:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1)
+            written = os.open(output, os.O_WRONLY | os.O_CREAT)
+            os.dup2(written, 1)
             forget_custom_data()
             torch.set_num_threads(1)
             train.main([*arguments, "OUTPUT_DIR", str(folder)])
             code = 0
+        except SystemExit as exit:
+            os.write(written, str(exit.code).encode())
         finally:
             os._exit(code)
 
     return start
 
 
-def ended(child, wait):
-    """Return whether a process has ended, with success, after so many seconds."""
+def ended(child, wait, code=0):
+    """Return whether a process has ended, with this exit code, after so many seconds."""
     end = time.monotonic() + wait
     while time.monotonic() < end:
         process, status = os.waitpid(child, os.WNOHANG)
         if process:
-            assert os.waitstatus_to_exitcode(status) == 0
+            assert os.waitstatus_to_exitcode(status) == code
             return True
         time.sleep(0.001)
     return False
@@ -105,6 +109,33 @@ def test_killed_at_random(start, tmp_path):
         shutil.rmtree(folder)
     assert in_a_save > 0
     print(f"{kills} kills, {in_a_save} of them in a save, {rounds} runs")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a file system")
+def test_full_disk(start, tmp_path):
+    """The training ends with a sentence; when there is room, it goes on as if nothing were."""
+    assert ended(start(tmp_path / "whole"), 600)
+    disk, output = tmp_path / "disk", tmp_path / "output.txt"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=350m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this machine does not let root mount a file system")
+    try:
+        assert ended(start(disk, output), 600, code=1)
+        last = output.read_text().splitlines()[-1]
+        assert re.search(
+            r"^\S+_0000003\.pth cannot be saved: No space .* is \S+_0000002\.pth$", last
+        )
+        assert [path.name for path in sorted(disk.glob("model*"))] == [
+            f"model_{iteration:07d}.pth" for iteration in range(3)
+        ]
+        subprocess.run(["mount", "-o", "remount,size=2g", str(disk)], check=True)
+        assert ended(start(disk), 600)
+        expected = weights(tmp_path / "whole")
+        for name, tensor in weights(disk).items():
+            assert torch.equal(tensor, expected[name]), name
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.fixture
