@@ -356,5 +356,5 @@ def checkpoint_to_load(cfg: CfgNode, resume: bool) -> tuple[str, bool]:
     Raises:
         ValueError: it is to resume, but no checkpoint is valid.
     """
-    newest = newest_checkpoint(cfg.OUTPUT_DIR) if resume else ""
+    newest = newest_checkpoint(cfg.OUTPUT_DIR, quiet=True) if resume else ""
     return newest or cfg.MODEL.WEIGHTS, bool(newest)

@@ -114,12 +114,12 @@ def non_finite_tensors(state: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def newest_checkpoint(folder: str) -> str:
+def newest_checkpoint(folder: str, *, quiet: bool = False) -> str:
     """Return the valid checkpoint of a training that was saved last; "" if the folder has none.
 
     The number of the iteration is read from the checkpoints; that with the best score only counts
-    if there is no other. Checkpoints that are refused are named in the log. The main process
-    chooses for all.
+    if there is no other. Checkpoints that are refused are named in the log, unless it is ``quiet``.
+    The main process chooses for all.
 
     Raises:
         ValueError: the folder has checkpoints, or a tag of one, but all are refused.
@@ -132,7 +132,7 @@ def newest_checkpoint(folder: str) -> str:
             f"OUTPUT_DIR {folder} has no valid checkpoint to resume from ({reasons}); to start "
             "from the beginning, remove the refused files or choose another OUTPUT_DIR"
         )
-    if refused:
+    if refused and not quiet:
         logger.warning("Refused in %s: %s. Using %s.", folder, reasons, Path(path).name)
     return path
 

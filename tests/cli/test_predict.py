@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import signal
 import threading
@@ -232,11 +233,16 @@ def test_mistakes(predict, images, weights, custom_data, tmp_path, monkeypatch):
     empty.mkdir()
     text = tmp_path / "text.mp4"
     text.write_text("no video")
+    checkpoint = torch.load(weights, weights_only=True)
+    next(value for name, value in checkpoint["model"].items() if "roi_heads" in name)[0] = math.nan
+    not_finite = tmp_path / "bad.pth"
+    torch.save(checkpoint, not_finite)
     refuse("lost.png", images / "lost.png")
     refuse("contains no image", empty)
     refuse("--input must be an image .* a video .*text.mp4", text)
     refuse("lost.pth not found", weights=tmp_path / "lost.pth")
     refuse("text.mp4: it is damaged, or another kind of file", weights=text)
+    refuse("bad.pth: the weights are not finite: roi_heads", weights=not_finite)
     refuse("lost.yaml is neither a file nor in", config=tmp_path / "lost.yaml")
     refuse("would overwrite the input", output=images)
     refuse("--output must be a folder .*out.mp4", output=tmp_path / "out.mp4")

@@ -86,6 +86,9 @@ class TestMistakes:
             ),
             ("MODEL.WEIGHTS r34.pth", "weights r34.pth: the checkpoint holds .*another depth"),
             (f"OUTPUT_DIR {__file__}/output", "OUTPUT_DIR .*output cannot be written to"),
+            ("OUTPUT_DIR damaged", r"already has checkpoints .*model_0000001\.pth.*--resume"),
+            ("--resume OUTPUT_DIR damaged", r"no valid checkpoint .*model_0000001\.pth: it is dam"),
+            ("--keep-best bbox/AP", r"--keep-best bbox/AP needs evaluations .*TEST is \(\)"),
             ("--num-processes 3", "SOLVER.IMS_PER_BATCH must be a multiple .* 3; got 2"),
             (f"--health-period 1 {RESNET}", "the model has no non-local block"),
             ("--config-file lost.yaml", "lost.yaml is neither a file nor in the model zoo"),
@@ -108,6 +111,9 @@ class TestMistakes:
             register_coco_instances("away", {}, "away.json", "images")
         if "r34.pth" in options:
             save_model("r34.pth", "MODEL.RESNETS.DEPTH", 34)
+        if "damaged" in options:
+            Path("damaged").mkdir()
+            Path("damaged/model_0000001.pth").write_bytes(b"PK")
         with pytest.raises(SystemExit) as exit:
             start(fail, options)
         assert re.search(message, exit.value.code), exit.value.code
