@@ -19,6 +19,7 @@ from nl_detectron.engine.coco.findings import Findings, Problem, short
 # Pillow refuses to read more.
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**26)
 MAX_ASPECT_RATIO = 100
+MAX_COORDINATE = 1e6  # pycocotools allocates memory by the length of a polygon
 MISSING: tuple[Any, ...] = (None, [], {})
 Size = tuple[int, int]
 """Width and height."""
@@ -187,8 +188,12 @@ def mask_problems(mask: Any, size: Size | None) -> Iterator[Problem]:
         if problem:
             yield "rle", problem
         return
-    if not isinstance(mask, list) or not all(map(_are_finite, mask)):
-        yield "polygon", f"its segmentation is {short(mask)}"
+    if (
+        not isinstance(mask, list)
+        or not all(map(_are_finite, mask))
+        or max((abs(number) for polygon in mask for number in polygon), default=0) > MAX_COORDINATE
+    ):
+        yield "polygon-values", f"its segmentation is {short(mask)}"
         return
     invalid = sum(len(polygon) < 6 or len(polygon) % 2 for polygon in mask)
     if invalid:

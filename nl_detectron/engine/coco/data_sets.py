@@ -16,7 +16,7 @@ from detectron2.utils.file_io import PathManager
 from nl_detectron.config import PREDICTORS
 from nl_detectron.engine.coco.checking import Source, check_sources
 from nl_detectron.engine.coco.files import register_coco_files
-from nl_detectron.engine.coco.findings import UNREADABLE
+from nl_detectron.engine.coco.findings import KINDS, UNREADABLE
 from nl_detectron.engine.coco.flipping import flip_pairs
 from nl_detectron.engine.coco.metadata import check_names, dataset_metadata
 from nl_detectron.safety.checkpoints import one_kind_of_error
@@ -171,9 +171,10 @@ def check_data(
         if findings.unchecked:
             logger.warning("%s: %s", findings.title, "; ".join(findings.notes))
         if errors := findings.of_severity("error", levels):
+            changeable = [kind for kind in errors if not KINDS[kind].fixed]
+            accept = f", and --treat {changeable[0]}=warning accepts it" if changeable else ""
             raise ValueError(
-                f"{findings.sentence(errors)}; `nl-detectron check-data` lists everything, and "
-                f"--treat {errors[0]}=warning accepts it"
+                f"{findings.sentence(errors)}; `nl-detectron check-data` lists everything{accept}"
             )
 
 

@@ -55,10 +55,15 @@ KINDS = {
     "keypoint-outside": Kind("warning", "a labeled keypoint is outside the image"),
     "keypoint-visibility": Kind("warning", "the visibility of a keypoint is not 0, 1 or 2"),
     "num-keypoints": Kind("warning", "num_keypoints is not the number of labeled keypoints"),
-    "polygon": Kind("error", "a mask is not a list of polygons of three or more finite points"),
+    "polygon": Kind("error", "a mask has no polygon of three or more points"),
+    "polygon-values": Kind(
+        "error", "a mask is not a list of polygons of finite numbers, up to a million", True
+    ),
     "polygon-part": Kind("warning", "a mask has a polygon of fewer points, among valid ones"),
     "polygon-outside": Kind("error", "a polygon is far outside the image"),
-    "rle": Kind("error", "a run-length encoded mask is not valid, or not of the image's size"),
+    "rle": Kind(
+        "error", "a run-length encoded mask is not valid, or not of the image's size", True
+    ),
     "mask-format": Kind("error", "a mask is run-length encoded, but INPUT.MASK_FORMAT is polygon"),
     "image-missing": Kind("error", "an image file does not exist"),
     "image-empty": Kind("error", "an image file has 0 bytes"),
