@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 
 import pytest
 import torch
 from detectron2.modeling import build_model
-from detectron2.utils.env import seed_all_rng
 
 from nl_detectron.config import load_config
 from nl_detectron_cli import train
@@ -71,63 +69,6 @@ def test_keypoints_train_resume_and_evaluate(custom_data, tmp_path):
     found = json.loads((tmp_path / "again/inference/coco_instances_results.json").read_text())
     assert {a["category_id"] for a in found} == {3}
     assert {a["image_id"] for a in found} == {1, 2, 3, 4}
-
-
-def free_url():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{s.getsockname()[1]}"
-
-
-def test_two_processes_take_the_step_of_one(custom_data, tmp_path):
-    """RPN alone: the heads' losses are means over samples whose number differs by image."""
-    rpn = "MODEL.META_ARCHITECTURE ProposalNetwork MODEL.RPN.BATCH_SIZE_PER_IMAGE 100000"
-    options = words(*TINY, rpn, "MODEL.MASK_ON False SOLVER.MAX_ITER 1 SOLVER.BASE_LR 0.1")
-    models = []
-    for processes in (1, 2):
-        output = tmp_path / str(processes)
-        command = ["tools/train_net.py --config-file", CONFIG, "--dist-url", free_url()]
-        command += ["--num-processes", processes, *custom_data_arguments(custom_data, "train")]
-        run(*command, "--health-period 1 OUTPUT_DIR", output, *options)
-        models.append(torch.load(output / "model_final.pth", weights_only=False)["model"])
-        (logged,) = metrics(output)  # by one of the processes
-        assert 0 < logged[f"non_local/{BLOCK}/entropy"] <= 1
-    seed_all_rng(3)
-    new = build_model(load_config(CONFIG, [*options, "MODEL.DEVICE", "cpu"])).state_dict()
-    moved = 0
-    for name, value in models[0].items():
-        torch.testing.assert_close(value, models[1][name], rtol=1e-4, atol=1e-6, msg=name)
-        moved += name in new and not torch.equal(value, new[name])
-    assert moved > 50
-
-
-def test_images_that_cannot_be_read(tmp_path, capsys):
-    json_file = write_coco(
-        tmp_path / "images", "a.json", num_images=5, categories=[{"id": 1, "name": "square"}]
-    )
-    broken = tmp_path / "images" / "4.png"
-    broken.write_bytes(broken.read_bytes()[:2000])
-    data = [*custom_data_arguments(json_file, "train"), "--treat image-broken=off"]
-
-    def run_in(name, *flags):
-        options = words(*TINY, "MODEL.ROI_BOX_HEAD.FC_DIM 16 SOLVER.MAX_ITER 5")
-        arguments = words("--config-file", CONFIG, *data, *flags, "OUTPUT_DIR", tmp_path / name)
-        forget_custom_data()
-        train.main([*arguments, *options])
-
-    run_in("skip", "--bad-images skip --max-bad-images 0.2")
-    log = (tmp_path / "skip" / "log.txt").read_text()
-    assert log.count(f"Not used for training: {broken}: image file is truncated") == 1
-    assert re.search(rf"Files not used for training \(1\): {broken}: image file is trunc.*\n$", log)
-
-    sentence = rf"^{broken}: image file is truncated[^;.]* \(--bad-images skip .*\)\. "
-    with pytest.raises(SystemExit, match=sentence):
-        run_in("raise")
-
-    data = [*custom_data_arguments(json_file, "test"), "--treat image-broken=off --eval-only"]
-    with pytest.raises(SystemExit, match=rf"^{broken}: image file is truncated[^.]*$"):
-        run_in("test", "MODEL.WEIGHTS", tmp_path / "skip" / "model_final.pth")
-    capsys.readouterr()
 
 
 def test_evaluation_needs_the_complete_model(custom_data, tmp_path):
