@@ -71,6 +71,35 @@ def test_keypoints_train_resume_and_evaluate(custom_data, tmp_path):
     assert {a["image_id"] for a in found} == {1, 2, 3, 4}
 
 
+def test_images_that_cannot_be_read(tmp_path, capsys):
+    json_file = write_coco(
+        tmp_path / "images", "a.json", num_images=5, categories=[{"id": 1, "name": "square"}]
+    )
+    broken = tmp_path / "images" / "4.png"
+    broken.write_bytes(broken.read_bytes()[:2000])
+    data = [*custom_data_arguments(json_file, "train"), "--treat image-broken=off"]
+
+    def run_in(name, *flags):
+        options = words(*TINY, "MODEL.ROI_BOX_HEAD.FC_DIM 16 SOLVER.MAX_ITER 5")
+        arguments = words("--config-file", CONFIG, *data, *flags, "OUTPUT_DIR", tmp_path / name)
+        forget_custom_data()
+        train.main([*arguments, *options])
+
+    run_in("skip", "--bad-images skip --max-bad-images 0.2")
+    log = (tmp_path / "skip" / "log.txt").read_text()
+    assert log.count(f"Not used for training: {broken}: image file is truncated") == 1
+    assert re.search(rf"Files not used for training \(1\): {broken}: image file is trunc.*\n$", log)
+
+    sentence = rf"^{broken}: image file is truncated[^;.]* \(--bad-images skip .*\)\. "
+    with pytest.raises(SystemExit, match=sentence):
+        run_in("raise")
+
+    data = [*custom_data_arguments(json_file, "test"), "--treat image-broken=off --eval-only"]
+    with pytest.raises(SystemExit, match=rf"^{broken}: image file is truncated[^.]*$"):
+        run_in("test", "MODEL.WEIGHTS", tmp_path / "skip" / "model_final.pth")
+    capsys.readouterr()
+
+
 def test_evaluation_needs_the_complete_model(custom_data, tmp_path):
     state = build_model(load_config(CONFIG, [*TINY, "MODEL.ROI_HEADS.NUM_CLASSES", 1])).state_dict()
     state = {name: value for name, value in state.items() if "bottom_up" in name}
