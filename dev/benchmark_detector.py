@@ -2,9 +2,11 @@
 
 The detectors with and without blocks have the same random weights, see the same random image, keep
 a fixed number of detections, and alternate in one process. The output is the median and quartiles
-of the ratios of their times, and the share of the blocks in the time.
+of the ratios of their times, and the share of the blocks in the time. With ``--of mask``, both have
+blocks, and one masks padding (MODEL.NON_LOCAL.MASK_PADDING).
 
     python dev/benchmark_detector.py
+    python dev/benchmark_detector.py --of mask
     python dev/benchmark_detector.py --train --rounds 5
 """
 
@@ -56,16 +58,19 @@ def synchronized_time() -> float:
     return time.perf_counter()
 
 
-def build_detectors(cfg: CfgNode) -> tuple[nn.Module, nn.Module]:
-    """Build a detector without blocks and one with them, both with as many detections as possible.
+def build_detectors(cfg: CfgNode, of: str) -> tuple[nn.Module, nn.Module]:
+    """Build a detector without blocks or mask, and one with, which find as much as possible.
 
     New blocks are the identity, so both find the same objects; more proposals take more time.
     """
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
     torch.manual_seed(0)
-    stock, ours = build_model(without_blocks(cfg)), build_model(cfg)
-    ours.load_state_dict(stock.state_dict(), strict=False)
-    return stock, ours
+    cfg.MODEL.NON_LOCAL.MASK_PADDING = True
+    without = without_blocks(cfg) if of == "blocks" else cfg.clone()
+    without.MODEL.NON_LOCAL.MASK_PADDING = False
+    plain, ours = build_model(without), build_model(cfg)
+    ours.load_state_dict(plain.state_dict(), strict=False)
+    return plain, ours
 
 
 def make_batch(size: tuple[int, int], objects: int) -> list[dict[str, Any]]:
@@ -101,27 +106,36 @@ def main() -> None:
     parser.add_argument("--config-file", type=Path, default=CONFIG)
     parser.add_argument("--image-size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"))
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--of", choices=["blocks", "mask"], default="blocks")
     parser.add_argument("--train", action="store_true", help="measure forward and backward passes")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
     args = parser.parse_args()
     cfg = load_config(args.config_file, args.opts)
-    stock, ours = (model.train(args.train) for model in build_detectors(cfg))
+    plain, ours = (model.train(args.train) for model in build_detectors(cfg, args.of))
     batch = make_batch(tuple(args.image_size), objects=10)
-    time_pass(stock, batch), time_pass(ours, batch)
-    stopwatch = Stopwatch(ours)
-    ratios, shares = [], []
+    time_pass(plain, batch), time_pass(ours, batch)
+    plain_blocks, our_blocks = Stopwatch(plain), Stopwatch(ours)
+    ratios, shares, block_ratios = [], [], []
     for i in range(args.rounds):
-        stopwatch.seconds = 0.0
-        seconds = time_pass(stock, batch)
+        plain_blocks.seconds = our_blocks.seconds = 0.0
+        seconds = time_pass(plain, batch)
         ratios.append(time_pass(ours, batch) / seconds)
-        shares.append(stopwatch.seconds / seconds)
+        shares.append(our_blocks.seconds / seconds)
+        if args.of == "mask":
+            block_ratios.append(our_blocks.seconds / plain_blocks.seconds)
         print(f"round {i + 1}: {100 * (ratios[-1] - 1):+.1f} %", flush=True)
     low, median, high = statistics.quantiles(ratios)
     print(
-        f"with blocks / without: {100 * (median - 1):+.1f} % "
+        f"with {args.of} / without: {100 * (median - 1):+.1f} % "
         f"(quartiles {100 * (low - 1):+.1f}, {100 * (high - 1):+.1f}; {args.rounds} rounds); "
-        f"forward pass of the blocks: {100 * statistics.median(shares):.1f} % of the stock time"
+        f"forward pass of the blocks: {100 * statistics.median(shares):.1f} % of the time without"
     )
+    if block_ratios:
+        low, median, high = statistics.quantiles(block_ratios)
+        print(
+            f"forward pass of the blocks, with mask / without: {100 * (median - 1):+.1f} % "
+            f"(quartiles {100 * (low - 1):+.1f}, {100 * (high - 1):+.1f})"
+        )
 
 
 if __name__ == "__main__":
