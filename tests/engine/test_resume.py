@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -13,11 +14,15 @@ import time
 import pytest
 import torch
 from detectron2.engine import TrainerBase
+from detectron2.engine.hooks import PreciseBN
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.utils.events import EventStorage
 from PIL import Image
 
+from nl_detectron.config import load_config
+from nl_detectron.engine.coco.trainer import CocoTrainer
 from nl_detectron.engine.history import History, drop_later_lines
+from nl_detectron.engine.options import RunOptions
 from nl_detectron_cli import train
 from tests.generated_coco import write_coco
 from tests.running import (
@@ -130,6 +135,26 @@ def assert_same(found, expected, path=""):
         assert torch.equal(found, expected), path
     else:
         assert found == expected, path
+
+
+def test_loaders_go_by_the_seed_of_the_run(custom_data_name, tmp_path):
+    """Which was drawn, and is in the checkpoint."""
+    cfg = load_config(CONFIG, words(*TINY, OPTIONS, "SEED -1 OUTPUT_DIR", tmp_path))
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (custom_data_name,), ()
+    trainer = CocoTrainer(cfg, RunOptions(max_bad_images=0.3))
+    trainer.load_state_dict({**trainer.state_dict(), "seed": 11})
+    trainer.storage = EventStorage()
+    trainer.before_train()
+    (statistics,) = (hook for hook in trainer._hooks if isinstance(hook, PreciseBN))
+    cfg.SEED = 11
+    expected = names(CocoTrainer.build_train_loader(cfg))
+    for loader in (trainer.data_loader, statistics._data_loader):
+        assert names(loader) == expected
+        assert loader.max_unreadable == 0.3
+
+
+def names(loader):
+    return [[x["file_name"] for x in batch] for batch in itertools.islice(loader, 9)]
 
 
 def test_history_ends_where_the_training_goes_on():

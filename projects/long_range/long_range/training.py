@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,6 @@ class Progress(EventWriter):
 
     def __init__(self, max_iter: int):
         self._max_iter = max_iter
-        self._start = time.monotonic()
 
     def write(self) -> None:
         """Update the line; the stock ``PeriodicWriter`` calls this."""
@@ -90,7 +88,8 @@ class Progress(EventWriter):
         done = storage.iter + 1
         if done > self._max_iter:  # the evaluation writes once more after the end
             return
-        left = (time.monotonic() - self._start) / done * (self._max_iter - done)
+        times = storage.histories().get("time")  # not of the first iterations
+        left = times.median(1000) * (self._max_iter - done) if times else 0.0
         loss = storage.history("total_loss").median(20)
         print(
             f"\r  iteration {done}/{self._max_iter}, loss {loss:.2f}, {left / 60:.1f} min left ",
