@@ -15,7 +15,6 @@ from nl_detectron.engine import export
 from tests import oracles
 from tests.conftest import SMALL
 
-SLOW = pytest.mark.slow
 DETECTOR = """
     MODEL.DEVICE cpu MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64
     MODEL.RESNETS.NORM BN MODEL.BACKBONE.FREEZE_AT 0 MODEL.NON_LOCAL.AFTER_BLOCKS.RES4 (-1,)
@@ -123,13 +122,13 @@ def iou(a, b):
     return both / ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - both)
 
 
-class FourBlocks(nn.Module):
-    """A block of each form, on the same map."""
+class Blocks(nn.Module):
+    """A block of each of some forms, on the same map."""
 
-    def __init__(self, position):
+    def __init__(self, forms, position):
         super().__init__()
         options = {"subsample": 2, "subsample_position": position}
-        blocks = {form: NonLocalBlock(8, pairwise=form, **options) for form in ops.PAIRWISE}
+        blocks = {form: NonLocalBlock(8, pairwise=form, **options) for form in forms}
         self.blocks, self.options = nn.ModuleDict(blocks), options
         for block in blocks.values():
             nn.init.normal_(block.conv_out.weight)
@@ -138,13 +137,20 @@ class FourBlocks(nn.Module):
         return tuple(block(x) for block in self.blocks.values())
 
 
-@pytest.mark.parametrize("position", ["before_conv", pytest.param("after_conv", marks=SLOW)])
-def test_blocks_in_onnx(position, tmp_path):
-    model = FourBlocks(position).eval()
+@pytest.mark.parametrize(
+    ("forms", "position"),
+    [
+        (("embedded_gaussian", "concatenation"), "before_conv"),
+        pytest.param(ops.PAIRWISE, "before_conv", marks=pytest.mark.slow),
+        pytest.param(ops.PAIRWISE, "after_conv", marks=pytest.mark.slow),
+    ],
+)
+def test_blocks_in_onnx(forms, position, tmp_path):
+    model = Blocks(forms, position).eval()
     size = {0: Dim("n"), 2: Dim("h", min=4), 3: Dim("w", min=4)}
     with export.onnx_paths(model):
         exported = torch.export.export(model, (torch.randn(2, 8, 9, 6),), dynamic_shapes=(size,))
-    export.save_onnx(exported, tmp_path / "blocks.onnx", list(ops.PAIRWISE))
+    export.save_onnx(exported, tmp_path / "blocks.onnx", list(forms))
     run = export.load(tmp_path / "blocks.onnx", "onnx")
     for shape in [(1, 8, 5, 7), (3, 8, 31, 4), (2, 8, 12, 64)]:
         x = torch.randn(shape)
