@@ -87,7 +87,7 @@ def bomb(kind):
         "aliases": ("\n".join(["a0: &a0 [1]", *laughs]), "more than 20000 values"),
         "merges": ("\n".join(["m0: &m0 {x: 1}", *merges]), "more than 20000 values"),
         "cycle": ("a: &a [*a]", "an alias refers to what it is part of"),
-        "brackets": ("[" * 60_000, "nested too deeply"),
+        "brackets": ("- " * 30_000, "nested too deeply"),
         "nested": ("a: " + "[" * 60 + "]" * 60, "nested more than 50 levels"),
         "large": ("# " + "x" * 70_000, "more than 65536 bytes"),
         "parentheses": (f"SEED: '{'(' * 60_000}'", "SEED|Type mismatch"),

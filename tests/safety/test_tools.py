@@ -16,7 +16,7 @@ import torch
 from detectron2.modeling import build_model
 
 from nl_detectron.config import load_config
-from nl_detectron.engine.checkpoint import StrictCheckpointer
+from nl_detectron.engine.checkpoint import StrictCheckpointer, stored_metadata
 from nl_detectron_cli import COMMANDS, predict
 from tests.malicious import MakeFolder, write_code_configs, write_code_weights, write_memory_weights
 from tests.running import QUICK, TINY, words
@@ -176,22 +176,19 @@ def test_other_content(content, tmp_path):
     ],
 )
 @pytest.mark.parametrize("beside", [False, True])
-def test_metadata_of_strangers(metadata, beside, refused, good_weights, tmp_path):
-    weights = torch.load(good_weights)
+def test_metadata_of_strangers(metadata, beside, tmp_path):
     if beside:
         (tmp_path / "metadata.json").write_text(json.dumps(metadata))
-    else:
-        weights["metadata"] = metadata
-    torch.save(weights, tmp_path / "model.pth")
-    message = refused("predict", weights=tmp_path / "model.pth")
-    assert "model.pth: the metadata stored with them" in message
+    torch.save({"model": {}} | ({} if beside else {"metadata": metadata}), tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=r"model.pth: the metadata stored with them"):
+        stored_metadata(str(tmp_path / "model.pth"))
 
 
 @pytest.mark.parametrize("text", ["", "[" * 100_000, "{"])
 def test_damaged_metadata(text, refused, good_weights, tmp_path):
     shutil.copy(good_weights, tmp_path / "model.pth")
     (tmp_path / "metadata.json").write_text(text)
-    assert "metadata.json" in refused("predict", weights=tmp_path / "model.pth")
+    assert "metadata.json is not JSON" in refused("predict", weights=tmp_path / "model.pth")
 
 
 def test_weights_of_the_model_zoos(tmp_path):
