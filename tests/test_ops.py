@@ -128,6 +128,8 @@ def test_without_keys_the_response_is_zero(form):
     y.sum().backward()
     for t in args:
         assert t.grad is None or t.grad.isfinite().all()
+    theta, phi, _, w_f = args
+    assert not attend(form, theta, phi, w_f, mask)[0].any()
 
 
 @forms
