@@ -46,7 +46,8 @@ def insert_non_local_blocks(
         mask_padding: leave keys in the padding of a batch out of the sums, so that the response at
             a position of an image is that of the image alone. The sizes of the images are read
             from the backbone's input, see :mod:`nl_detectron.padding`. For 2-D networks of
-            ``CNNBlockBase`` (``ResNet``, ``RegNet``), whose strides are known.
+            ``CNNBlockBase`` (``ResNet``, ``RegNet``), whose strides are known. Statistics that a
+            norm takes from its input (GN; BN in training) include the padding, as in the backbone.
         block_options: arguments of :class:`~nl_detectron.NonLocalBlock`. ``in_channels`` is only
             needed where the last convolution of a residual block is not its output.
 
