@@ -126,7 +126,8 @@ def test_loss_that_no_weight_can_change():
 
     class Constant(Net):
         def forward(self, batch):
-            return {"loss": sum(super().forward(batch).values()) * 0 + batch[1]["factor"]}
+            losses = super().forward([image(0), image(1)])
+            return {"loss": sum(losses.values()) * 0 + batch[1]["factor"]}
 
     net = Constant()
     before = {name: value.clone() for name, value in net.state_dict().items()}
@@ -135,6 +136,27 @@ def test_loss_that_no_weight_can_change():
         step.run_step()
     assert step.nonfinite == 1
     assert_equal(net.state_dict(), before)
+
+
+def test_parts():
+    """The gradients of the parts of a batch are added up before the step."""
+    data = batches()
+    net, _, storage = trained(data, parts=2)
+    torch.manual_seed(0)
+    reference, logged = Net(), []
+    optimizer = torch.optim.SGD(reference.parameters(), 0.1, 0.9)
+    for i, batch in enumerate(data):
+        torch.manual_seed(i)
+        optimizer.zero_grad()
+        losses = [sum(reference([part]).values()) / 2 for part in batch]
+        for loss in losses:
+            loss.backward()
+        optimizer.step()
+        logged.append(sum(losses).item())
+    for name, value in reference.state_dict().items():
+        assert_close(net.state_dict()[name], value, msg=name)
+    values = [value for value, _ in storage.histories()["total_loss"].values()]
+    assert values == pytest.approx(logged)
 
 
 def test_count_is_in_the_checkpoint():
