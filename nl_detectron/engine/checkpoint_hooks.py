@@ -63,7 +63,7 @@ class BestCheckpointer(hooks.BestCheckpointer):
             )
         score, iteration = results[self._val_metric]
         best = -math.inf if self.best_metric is None else self.best_metric
-        if iteration != self.trainer.iter or not score > best:
+        if not score > best:  # nor if it is not a number
             return
         self.best_metric, self.best_iter = score, iteration
         logger.info("Best %s so far: %.4f", self._val_metric, score)

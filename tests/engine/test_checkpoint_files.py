@@ -40,8 +40,8 @@ def checkpointer(folder, iteration=-1):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three checkpoints of a training, of iterations 1, 9 and 10, and the best one, of 1."""
-    for name, iteration in (("best", 1), ("0000001", 1), ("0000009", 9), ("0000010", 10)):
+    """Three checkpoints of a training, of iterations 1, 9 and 10, and the best one, also of 10."""
+    for name, iteration in (("best", 10), ("0000001", 1), ("0000009", 9), ("0000010", 10)):
         checkpointer(tmp_path, iteration).save(f"model_{name}")
     return tmp_path
 
@@ -195,6 +195,11 @@ class TestSaving:
         for options in ({}, {"complete": True}):
             with pytest.raises(ValueError, match=r"weights\.pth: the weights are not finite: weig"):
                 StrictCheckpointer(nn.Linear(3, 2), **options).load(str(folder / "weights.pth"))
+
+    def test_what_killed_runs_left_is_removed(self, folder):
+        (folder / ".model_0000007.pth.partial").write_bytes(b"half")
+        checkpointer(folder, 11).save("model_0000011")
+        assert not list(folder.glob(".*"))
 
     def test_large_weights(self, folder):
         """Their sum is not finite, but they are."""

@@ -59,6 +59,14 @@ def test_last(train, tmp_path):
     assert train(6, [0.0] * 2, keep_last=2) == [*periodic(4, 5), "model_final"]
 
 
+def test_other_training_is_not_overwritten(cfg, train, tmp_path):
+    train(2, [0.0] * 2)
+    before = [path.read_bytes() for path in sorted(tmp_path.glob("*.pth"))]
+    with pytest.raises(ValueError, match=r"already has checkpoints .*\(model_0000000\.pth and 2 m"):
+        ScoredTrainer(make_toy(cfg, tmp_path)).resume_or_load(resume=False)
+    assert [path.read_bytes() for path in sorted(tmp_path.glob("*.pth"))] == before
+
+
 def best(tmp_path):
     checkpoint = torch.load(tmp_path / "model_best.pth", weights_only=True)
     return checkpoint["iteration"], checkpoint["best"]["toy/accuracy"]
