@@ -6,6 +6,12 @@ that would leave part of the network untrained.
 
     nl-detectron train --num-gpus 8 \\
         --config-file COCO-InstanceSegmentation/mask_rcnn_R_50_NL_FPN_1x.yaml
+
+PyTorch's launcher can start the processes instead, also on several machines, and start them again
+when one is lost:
+
+    torchrun --nproc-per-node 8 --max-restarts 3 -m nl_detectron_cli train --resume \\
+        --config-file COCO-InstanceSegmentation/mask_rcnn_R_50_NL_FPN_1x.yaml
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from pathlib import Path
 from nl_detectron.engine.loader import UnreadableFile
 
 _LOST = re.compile(r"DataLoader worker|gloo|NCCL|[Cc]onnection (closed|reset) by peer|Broken pipe")
-
 _LOST_PROCESS = "a data-loader worker or another process of the training"
 
 
