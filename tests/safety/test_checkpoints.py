@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import time
 import zipfile
@@ -195,6 +196,15 @@ def archive_bomb(kind, source, target):
         with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "a") as new:
             name = next(name for name in old.namelist() if name.endswith("data.pkl"))
             new.writestr(name.replace("data.pkl", "DATA.pkl"), old.read(name))
+    elif kind == "overlap":  # a thousand records that are one
+        torch.save({"x": torch.zeros(1000)}, target)
+        with zipfile.ZipFile(target, "a") as new:
+            largest = max(new.infolist(), key=lambda record: record.file_size)
+            for number in range(1000):
+                record = copy.copy(largest)
+                record.filename = f"{record.filename}{number}"
+                new.filelist.append(record)
+            new.writestr(record.filename.partition("/")[0] + "/last", "")
     elif kind == "function":
         call = opcode(b"cbuiltins\nbytearray\n", HUGE, b"\x85R")
         rewrite_zip(source, target, lambda name, data: call if "data.pkl" in name else data)
@@ -214,7 +224,7 @@ def archive_bomb(kind, source, target):
 
 @pytest.mark.parametrize(
     "kind",
-    "compressed record twice function tensor truncated empty no_data garbage".split(),
+    "compressed record twice overlap function tensor truncated empty no_data garbage".split(),
 )
 def test_archive_bombs(kind, tmp_path):
     torch.save({"model": {"x": torch.arange(4.0)}}, tmp_path / "good.pth")
