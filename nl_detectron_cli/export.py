@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory(dir=args.output.parent) as folder:
             unchecked = Path(folder, args.output.name)
             save(program, unchecked, args.format, image)
-            for line in check(program, load(unchecked, args.format), image):
+            for line in check(program, load(unchecked, args.format), args.format, image):
                 print(line, flush=True)
             unchecked.replace(args.output)
     print(f"wrote {args.output}")

@@ -152,7 +152,7 @@ def save(program: BackboneProgram, path: Path, file_format: str, image: Tensor) 
     elif file_format == "onnx":
         if isinstance(program, DetectorProgram):
             raise ValueError("format onnx is for backbones, got a whole detector")
-        with onnx_paths(program):
+        with block_paths(program, file_format):
             exported = export(program, image)
         save_onnx(exported, path, list(program.run_stock(program.inputs(image, 1))))
     else:
@@ -174,7 +174,7 @@ def save_onnx(exported: torch.export.ExportedProgram, path: Path, names: list[st
     """Write what torch.export made of a network in ONNX's format.
 
     Args:
-        exported: takes one batch of images or maps. Export it with :func:`onnx_paths`.
+        exported: takes one batch of images or maps. Export it with :func:`block_paths`.
         path: the file.
         names: of the outputs.
     """
@@ -187,12 +187,22 @@ def save_onnx(exported: torch.export.ExportedProgram, path: Path, names: list[st
 
 
 @contextmanager
-def onnx_paths(model: nn.Module) -> Iterator[None]:
-    """Let blocks take paths that ONNX has operators for: it cannot search in a sorted list."""
-    blocks = [b for b in find_blocks(model).values() if b.pairwise == "concatenation"]
+def block_paths(model: nn.Module, file_format: str) -> Iterator[None]:
+    """Let blocks take the paths of the program in a file of this format.
+
+    They are those that :func:`nl_detectron.ops.choose_path` takes in a program, except that ONNX
+    cannot search in a sorted list.
+    """
+    program_paths = {
+        "gaussian": "fused",
+        "embedded_gaussian": "fused",
+        "dot_product": "linear",
+        "concatenation": "naive" if file_format == "onnx" else "sorted",
+    }
+    blocks = list(find_blocks(model).values())
     paths = [block.path for block in blocks]
     for block in blocks:
-        block.path = "naive"
+        block.path = program_paths[block.pairwise]
     try:
         yield
     finally:
@@ -220,13 +230,17 @@ def load(path: Path, file_format: str) -> Callable[[Tensor], Outputs]:
 
 
 def check(
-    program: BackboneProgram, run: Callable[[Tensor], Outputs], image: Tensor
+    program: BackboneProgram, run: Callable[[Tensor], Outputs], file_format: str, image: Tensor
 ) -> Iterator[str]:
     """Compare a program that was loaded with the model it was made of, at three sizes.
+
+    The blocks of the model take the paths of the program: an untrained network can make large
+    differences of the rounding errors of another one.
 
     Args:
         program: the program before it was saved.
         run: the one that was loaded.
+        file_format: of the file that it was loaded from.
         image: (3, H, W); a backbone gets batches of one to three.
 
     Yields:
@@ -240,7 +254,7 @@ def check(
         size = [max(round(n * scale), program.min_size) for n in image.shape[1:]]
         resized = F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
         images = program.inputs(resized, batch)
-        with torch.no_grad():
+        with torch.no_grad(), block_paths(program, file_format):
             expected, got = program.run_stock(images), run(images)
         name, difference = max(compare(expected, got).items(), key=lambda item: item[1])
         where = f"{size[0]} x {size[1]}"

@@ -148,7 +148,7 @@ class Blocks(nn.Module):
 def test_blocks_in_onnx(forms, position, tmp_path):
     model = Blocks(forms, position).eval()
     size = {0: Dim("n"), 2: Dim("h", min=4), 3: Dim("w", min=4)}
-    with export.onnx_paths(model):
+    with export.block_paths(model, "onnx"):
         exported = torch.export.export(model, (torch.randn(2, 8, 9, 6),), dynamic_shapes=(size,))
     export.save_onnx(exported, tmp_path / "blocks.onnx", list(forms))
     run = export.load(tmp_path / "blocks.onnx", "onnx")
@@ -167,7 +167,7 @@ def test_file_that_differs_is_refused(detector):
         found = stock(detector, pixels)
         return {**found, "pred_masks": found["pred_masks"] + 2e-4 * (len(pixels[0]) == 71)}
 
-    lines = export.check(program, run, image((100, 100)))
+    lines = export.check(program, run, "torch", image((100, 100)))
     assert next(lines) == "100 x 100, 10 objects: agrees to 0.0e+00 (pred_boxes)"
     with pytest.raises(ValueError, match="at 71 x 71 pred_masks differs by 2.0e-04 of its largest"):
         list(lines)
