@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from detectron2.data import Metadata
 from PIL import Image
 
+from nl_detectron.engine.coco.results import ResultsFile
 from nl_detectron.engine.frames import Images, Video
 from nl_detectron.safety.folders import check_output_file, check_output_folder
 from nl_detectron.weights import DIALECTS, save
@@ -70,6 +72,13 @@ def test_frames(tmp_path, outside):
     (tmp_path / "out" / "x.mp4").symlink_to(outside)
     with pytest.raises(ValueError, match="x.mp4 is a symbolic link"):
         Video(str(tmp_path / "in" / "a.png"), tmp_path / "out" / "x.mp4")
+
+
+def test_results(tmp_path, outside):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x.json").symlink_to(outside)
+    with pytest.raises(ValueError, match="x.json is a symbolic link"):
+        ResultsFile(tmp_path / "out" / "x.json", Metadata())
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pkl"])
