@@ -2,6 +2,7 @@
 # make video        train the video demo: what C2D, I3D, TSM and non-local networks can see
 # make test         lint, types and the fast tests
 # make test-slow    the tests marked slow
+# make torture      the slow tests of what can go wrong: random kills, flipped bits, malformed files
 # make peers        compare with mmcv, pytorchvideo and timm, installed in build/peers
 # make lint         ruff and mypy
 # make env          create the environment
@@ -24,7 +25,7 @@ RUN = $(VENV)/bin/python
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 READY = $(VENV)/.nl_detectron_ready
 
-.PHONY: demo video test test-slow peers lint env clean
+.PHONY: demo video test test-slow torture peers lint env clean
 
 demo: env
 	$(RUN) projects/long_range/demo.py
@@ -37,6 +38,9 @@ test: lint
 
 test-slow: env
 	$(RUN) -m pytest -m slow
+
+torture: env
+	$(RUN) -m pytest -m slow tests/torture tests/engine tests/safety
 
 # Installed without dependencies: those that the blocks need are installed already, or listed here.
 PEERS = mmcv-lite mmengine addict rich yapf pytorchvideo timm safetensors

@@ -181,6 +181,20 @@ def test_commands_in_readme():
     assert named <= set(COMMANDS)
 
 
+def test_tests_in_the_table_of_faults():
+    table = (ROOT / "tests" / "torture" / "README.md").read_text(encoding="utf-8")
+    rows = [
+        row.rpartition(" | ")[2] for row in table.splitlines() if "test_" in row and row[0] == "|"
+    ]
+    for row in rows:
+        source = ""
+        for file, name in re.findall(r"`(?:([\w/]+\.py)(?:::)?)?(\w*)`", row):
+            if file:
+                source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+            assert not name or re.search(rf"(?:def|class) {name}\b", source), f"{file} {name}"
+    assert len(rows) > 40
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("code", CODE)
 def test_code_in_readme(code, monkeypatch):
