@@ -42,7 +42,7 @@ _DEFAULTS: dict[str, Any] = {
     # Save only the input and output of the operation for the backward pass: less memory, more time.
     "ACTIVATION_CHECKPOINT": False,
     # Leave keys in the padding of a batch out of the sums, in the backbone's blocks: the result for
-    # an image does not depend on the other images of its batch.
+    # an image does not depend on the other images of its batch. Clips (DIM 3) are not padded.
     "MASK_PADDING": True,
     # For each stage, the residual blocks to insert a non-local block after; 0-based, negative from
     # the end. (-2,) is "right before the last residual block" for every depth.
@@ -156,7 +156,7 @@ def backbone_options(cfg: CfgNode) -> dict[str, Any]:
     return {
         "after_blocks": {stage: tuple(node.AFTER_BLOCKS[stage.upper()]) for stage in STAGES},
         "stage_options": {stage: _stage_options(node, stage.upper()) for stage in STAGES},
-        "mask_padding": node.MASK_PADDING,
+        "mask_padding": node.MASK_PADDING and node.DIM == 2,
         **_backbone_block_options(node),
     }
 

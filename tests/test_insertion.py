@@ -66,7 +66,6 @@ class ResNet3d(nn.Sequential):
 def test_3d_network(cfg, axes, subsample):
     node = cfg.MODEL.NON_LOCAL
     node.DIM, node.AXES, node.SUBSAMPLE, node.AFTER_BLOCKS.RES3 = 3, axes, subsample, (-1,)
-    node.MASK_PADDING = False
     network, clip = ResNet3d().double(), torch.randn(2, 3, 5, 14, 22).double()
     stock = network(clip)
     insert_non_local_blocks(network, **backbone_options(cfg))
@@ -86,7 +85,6 @@ def test_3d_network(cfg, axes, subsample):
 def test_options_of_a_stage(cfg):
     node = cfg.MODEL.NON_LOCAL
     node.DIM, node.AFTER_BLOCKS.RES3, node.GROUP_FRAMES = 3, (0, 1), 5
-    node.MASK_PADDING = False
     node.STAGE_OPTIONS.RES3 = ("GROUP_FRAMES", 2, "PAIRWISE", "gaussian", "NORM", "BN")
     network = ResNet3d()
     insert_non_local_blocks(network, **backbone_options(cfg))

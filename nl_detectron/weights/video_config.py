@@ -83,7 +83,6 @@ def _block_keys(blocks: dict[str, Block]) -> dict[str, Any]:
         f"AFTER_BLOCKS.{stage.upper()}": places.get(stage, []) for stage in STAGES
     }
     keys |= {option.upper(): value for option, value in known.items()}
-    keys["MASK_PADDING"] = False  # clips are not padded
     return {f"MODEL.NON_LOCAL.{key}": value for key, value in keys.items()}
 
 
