@@ -50,6 +50,7 @@ setup(
     entry_points={"console_scripts": ["nl-detectron = nl_detectron_cli:main"]},
     install_requires=[
         "torch>=2.4",  # torch.amp.is_autocast_available
+        "torchvision",
         "filelock",
         "fvcore",
         "matplotlib",

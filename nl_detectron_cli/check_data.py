@@ -83,7 +83,8 @@ def main(argv: list[str] | None = None) -> None:
         found = check_sources(data_sets(args), args.time_limit)
     errors = 0
     for findings in found:
-        print("\n".join(findings.lines(treat)))
+        for line in findings.lines(treat):
+            print(line)
         errors += sum(findings.counts[kind] for kind in findings.of_severity("error", treat))
     if errors:
         raise SystemExit(f"{errors} errors")

@@ -123,6 +123,8 @@ def check_overlap(images: dict[Source, list[dict[str, Any]]], time_limit: float 
             same = next((other for other in copies if filecmp.cmp(path, other, False)), None)
             if same:
                 findings.add("shared-images", f"{path} is {same}")
+        compared = f"{len(images[test])} images to test on with {len(images[train])} to train on"
+        findings.notes.append(f"compared {compared}")
     return findings
 
 

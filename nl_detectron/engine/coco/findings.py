@@ -132,8 +132,12 @@ class Findings:
         return f"{self.title}: {'; '.join(parts)}"
 
     def lines(self, treat: Mapping[str, str]) -> list[str]:
-        """Return the whole report."""
+        """Return the whole report; none if nothing was checked."""
+        if not (self.notes or self.counts):
+            return []
         lines = [self.title, *(f"  {note}" for note in self.notes)]
+        if not self.counts:
+            lines.append("  no problems")
         for severity in SEVERITIES[:2]:
             for kind in self.of_severity(severity, treat):
                 lines.append(f"  {severity} {kind} ({self.counts[kind]}): {KINDS[kind].meaning}")

@@ -45,6 +45,7 @@ def test_nothing_is_wrong(data):
         str(data.json_file),
         "  4 images, 4 annotations",
         "  4 image files checked",
+        "  no problems",
     ]
 
 
