@@ -33,8 +33,9 @@ demo: env
 video: env
 	$(RUN) projects/video_classification/demo.py
 
+# Two processes of one thread each are faster than one of two threads.
 test: lint
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n2 --dist=loadscope
 
 test-slow: env
 	$(RUN) -m pytest -m slow

@@ -62,7 +62,16 @@ setup(
         "setuptools<81",  # detectron2.model_zoo imports pkg_resources, which 82 removed
     ],
     extras_require={
-        "dev": [VIDEO, *EXPORT, "hypothesis", "mypy", "pytest", "ruff", "safetensors"],
+        "dev": [
+            VIDEO,
+            *EXPORT,
+            "hypothesis",
+            "mypy",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "safetensors",
+        ],
         "export": EXPORT,  # for programs in the format onnx
         "safetensors": ["safetensors"],  # for weights in files of this kind
         "video": [VIDEO],  # to decode and write videos; 19 drops Python 3.11

@@ -13,14 +13,17 @@ from importlib import metadata
 from nl_detectron_cli import doctor
 from nl_detectron_cli.probes import which_detectron2
 
-HARMLESS = re.compile(r"-[qvx]+|--durations=\d+|--tb=\w+")  # options that leave out no test
+HARMLESS = re.compile(
+    r"-[qvx]+|--durations=\d+|--tb=\w+|-n\d+|--dist=\w+"
+)  # options that leave out no test
 
 
 def is_whole_suite(config):
     """Whether pytest was asked for what `make test` asks for."""
     asked = config.invocation_params
     words = [*asked.args, *os.environ.get("PYTEST_ADDOPTS", "").split()]
-    return asked.dir == config.rootpath and all(map(HARMLESS.fullmatch, words))
+    part = hasattr(config, "workerinput")  # one of several processes
+    return not part and asked.dir == config.rootpath and all(map(HARMLESS.fullmatch, words))
 
 
 def versions():

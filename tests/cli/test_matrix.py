@@ -50,7 +50,7 @@ def test_whole_suite_is_recorded_once(suite, tmp_path):
     assert " ".join(lines[1].split()) == " ".join(row.values())
 
     written = (tmp_path / "tested.json").read_bytes()
-    assert suite("-q", "--durations=3") == [row]
+    assert suite("-q", "--durations=3", "-n2", "--dist=loadscope") == [row]
     assert (tmp_path / "tested.json").read_bytes() == written
     (tmp_path / "tested.json").write_text('[{"detectron2": "an older one"}]')
     assert suite() == [{"detectron2": "an older one"}, row]
@@ -60,6 +60,7 @@ def test_whole_suite_is_recorded_once(suite, tmp_path):
     ("arguments", "variables"),
     [
         (["-k", "first"], {}),
+        (["-n2", "checks/test_first.py"], {}),
         ([], {"PYTEST_ADDOPTS": "--deselect=checks/test_first.py"}),
         ([], {"FAIL": "1"}),
     ],
