@@ -15,8 +15,6 @@ from nl_detectron_cli.probes import which_detectron2
 
 # Options that leave out no test.
 HARMLESS = re.compile(r"-[qvx]+|-n\d+|--dist=\w+|--durations=\d+|--tb=\w+")
-    r"-[qvx]+|--durations=\d+|--tb=\w+|-n\d+|--dist=\w+"
-)  # options that leave out no test
 
 
 def is_whole_suite(config):
