@@ -2,8 +2,8 @@
 
 Both train the same detector on the same data, each in an order of its own, and take turns in one
 process; the one that begins changes from round to round. The output is the median and quartiles of
-the ratios of their times, the same for saving a checkpoint, and the growth of memory from a fifth
-of the rounds to the end.
+the ratios of their times, the same for saving a checkpoint, and the memory of each, in processes of
+their own, after every fifth of the rounds.
 
     python dev/benchmark_trainer.py --json train.json --images train/ --rounds 500 \\
         --config-file configs/quick_schedules/mask_rcnn_R_18_NL_FPN_overfit.yaml
@@ -16,12 +16,13 @@ import logging
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.utils.events import EventStorage
-from measure import process_memory
+from measure import in_new_process, process_memory, return_freed_memory
 
 from nl_detectron.config import load_config
 from nl_detectron.engine.coco.data_sets import set_num_classes
@@ -74,6 +75,32 @@ def run_config(args: argparse.Namespace, output: Path) -> CfgNode:
     return cfg
 
 
+def ours(args: argparse.Namespace, folder: Path) -> DefaultTrainer:
+    """Our trainer, which takes every precaution."""
+    options = RunOptions(keep_last=2, max_bad_images=0.1)
+    return CocoTrainer(run_config(args, folder / "ours"), options)
+
+
+def stock(args: argparse.Namespace, folder: Path) -> DefaultTrainer:
+    """detectron2's trainer."""
+    return DefaultTrainer(run_config(args, folder / "stock"))
+
+
+def memory_of(
+    build: Callable[[argparse.Namespace, Path], DefaultTrainer], args: argparse.Namespace
+) -> list[int]:
+    """Return the resident memory of a training after each fifth of the rounds, in MB."""
+    return_freed_memory()
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        turns = Turns(build(args, Path(folder)))
+        for number in range(args.rounds):
+            turns.iteration(number)
+            if (number + 1) % (args.rounds // 5) == 0:
+                found.append(process_memory("VmRSS") // 2**20)
+    return found
+
+
 def compare(ours: list[float], stock: list[float]) -> str:
     """Format the median and quartiles of the ratios of two lists of times."""
     low, median, high = statistics.quantiles([a / b for a, b in zip(ours, stock)])
@@ -96,29 +123,24 @@ def main() -> None:
     args = parser.parse_args()
     register_coco_files(NAME, args.json, args.images)
     logging.disable(logging.WARNING)
+    for build in (ours, stock):
+        memory = " ".join(f"{megabytes}" for megabytes in in_new_process(memory_of, build, args))
+        print(f"memory, {build.__name__}: {memory} MB", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        options = RunOptions(keep_last=2, max_bad_images=0.1)
-        ours = Turns(CocoTrainer(run_config(args, Path(folder, "ours")), options))
-        stock = Turns(DefaultTrainer(run_config(args, Path(folder, "stock"))))
-        both = (ours, stock)
+        both = tuple(Turns(build(args, Path(folder))) for build in (ours, stock))
         for number in range(2):
             for one in both:
                 one.iteration(number)
-        times: dict[Turns, list[float]] = {ours: [], stock: []}
-        memory = 0
+        times: dict[Turns, list[float]] = {one: [] for one in both}
         for number in range(2, args.rounds + 2):
             for one in both if number % 2 else both[::-1]:
                 times[one].append(one.iteration(number))
-            if number == max(2, args.rounds // 5):
-                memory = process_memory("VmRSS")
-        growth = process_memory("VmRSS") - memory
-        print(f"iteration: {compare(times[ours], times[stock])}")
-        saves: dict[Turns, list[float]] = {ours: [], stock: []}
+        print(f"iteration: {compare(*times.values())}")
+        saves: dict[Turns, list[float]] = {one: [] for one in both}
         for number in range(SAVES):
             for one in both if number % 2 else both[::-1]:
                 saves[one].append(one.save())
-        print(f"saving a checkpoint: {compare(saves[ours], saves[stock])}")
-        print(f"memory, iteration {args.rounds // 5} to {args.rounds}: {growth / 2**20:+.1f} MB")
+        print(f"saving a checkpoint: {compare(*saves.values())}")
 
 
 if __name__ == "__main__":
