@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -148,7 +149,8 @@ def test_stop_keeps_what_is_done(predict, images, tmp_path, capsys, number):
     assert done == set(range(len(done)))
     assert 2 <= len(done) < 99
     assert 0 <= len(list(pictures.iterdir())) - len(done) <= 1
-    assert f"{len(done)} images done, 0 skipped" in capsys.readouterr().out
+    counted = re.search(r"(\d+) images done, 0 skipped", capsys.readouterr().out)
+    assert 0 <= len(done) - int(counted[1]) <= 1  # the signal may come between the two
 
 
 def test_images_of_one_id(predict, images, tmp_path, capsys):
