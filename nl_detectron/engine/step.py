@@ -25,6 +25,7 @@ from nl_detectron.engine.signals import lost_workers_raise
 logger = logging.getLogger("nl_detectron")
 
 NONFINITE_FILE = "nonfinite.json"
+LOSS_NORMALIZER = "loss_normalizer"
 _NONFINITE = re.compile(r"\b(NaN|Inf|infinite)\b")
 """What detectron2's models say when they find such values themselves."""
 
@@ -229,8 +230,13 @@ class TrainingStep(SimpleTrainer):
         return {"first_module": None, "gradients": gradients}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of optimizer and scaler, and the number of skipped steps."""
+        """Return the state of optimizer and scaler, and the number of skipped steps.
+
+        And the running mean by which RetinaNet divides its losses, which is not among its weights.
+        """
         state = {**super().state_dict(), "nonfinite": self.nonfinite}
+        if hasattr(_unwrapped(self.model), LOSS_NORMALIZER):
+            state[LOSS_NORMALIZER] = getattr(_unwrapped(self.model), LOSS_NORMALIZER)
         if self._scaler:
             state["grad_scaler"] = self._scaler.state_dict()
         return state
@@ -239,6 +245,8 @@ class TrainingStep(SimpleTrainer):
         """Restore the state; that of a training without mixed precision has no scaler."""
         super().load_state_dict(state_dict)
         self.nonfinite = state_dict.get("nonfinite", 0)
+        if LOSS_NORMALIZER in state_dict:
+            setattr(_unwrapped(self.model), LOSS_NORMALIZER, state_dict[LOSS_NORMALIZER])
         if self._scaler and "grad_scaler" in state_dict:
             self._scaler.load_state_dict(state_dict["grad_scaler"])
 

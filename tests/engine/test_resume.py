@@ -125,6 +125,27 @@ def test_killed_and_resumed(images, tmp_path):
     assert losses["iteration"].tolist() == list(range(10))
 
 
+def test_retinanet_resumed(images, tmp_path):
+    """The mean by which it divides its losses is kept, too."""
+
+    def arguments(name, *flags):
+        config = QUICK / "retinanet_R_50_NL_FPN_instant_test.yaml"
+        data = custom_data_arguments(images, "train")
+        options = f"SOLVER.MAX_ITER 4 SOLVER.CHECKPOINT_PERIOD 2 OUTPUT_DIR {tmp_path / name}"
+        return words("--config-file", config, *data, *flags, *TINY, options)
+
+    train.main(arguments("whole"))
+    (tmp_path / "resumed").mkdir()
+    shutil.copy(tmp_path / "whole" / "model_0000001.pth", tmp_path / "resumed")
+    forget_custom_data()
+    train.main(arguments("resumed", "--resume"))
+    models = [
+        torch.load(tmp_path / name / "model_final.pth", weights_only=True)["model"]
+        for name in ("resumed", "whole")
+    ]
+    assert_same(*models)
+
+
 def assert_same(found, expected, path=""):
     """Equal, bit for bit, in every part."""
     if isinstance(expected, dict):
