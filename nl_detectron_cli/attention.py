@@ -142,6 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     from nl_detectron.safety.folders import check_output_folder
 
     with errors_without_traceback():
+        check_output_folder(args.output)
         cfg = load_config(args.config_file, args.opts, allow_remote=args.allow_remote)
         metadata = model_metadata(cfg, args.weights)
         joints = joint_indices(args.joint, cfg, metadata)
@@ -155,7 +156,6 @@ def main(argv: list[str] | None = None) -> None:
                 f"{cfg.MODEL.META_ARCHITECTURE} takes images"
             )
         make_output_folder(args.output)
-        check_output_folder(args.output)
     options = {} if args.frame is None else {"frame": args.frame}
 
     files: list[Path] = []

@@ -99,6 +99,8 @@ def main(argv: list[str] | None = None) -> None:
     from nl_detectron.weights.video_config import video_config
 
     with errors_without_traceback():
+        if args.write_config:
+            check_output_file(args.write_config)
         config = None
         if args.config_file:
             cfg = load_config(args.config_file, allow_remote=args.allow_remote)
@@ -122,7 +124,6 @@ def main(argv: list[str] | None = None) -> None:
         if args.write_config and args.target != "nl_detectron":
             raise ValueError(f"--write-config is for --to nl_detectron, not {args.target}")
         if args.write_config:
-            check_output_file(args.write_config)
             text = video_config(result, args.source, args.input, args.output)
         save(result.state, args.output, DIALECTS[args.target])
         if args.write_config:

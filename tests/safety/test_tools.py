@@ -17,7 +17,7 @@ from detectron2.modeling import build_model
 
 from nl_detectron.config import load_config
 from nl_detectron.engine.checkpoint import StrictCheckpointer, stored_metadata
-from nl_detectron_cli import COMMANDS, predict
+from nl_detectron_cli import COMMANDS, convert, predict
 from tests.malicious import MakeFolder, write_code_configs, write_code_weights, write_memory_weights
 from tests.running import QUICK, TINY, words
 
@@ -116,12 +116,25 @@ def test_proposals(tool, refused, tmp_path):
     assert "proposals.pkl: it contains posix.mkdir" in refused(tool, options=options)
 
 
-@pytest.mark.parametrize("tool", ["train", "train --eval-only", "ab", "overfit", "predict"])
+LINKED = ["train", "train --eval-only", "ab", "overfit", "predict", "attention"]
+
+
+@pytest.mark.parametrize("tool", LINKED)
 def test_links(tool, refused, tmp_path):
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "out" / "inference").mkdir(parents=True)
     (tmp_path / "out" / "log.txt").symlink_to(tmp_path / "mine")
     assert "log.txt is a symbolic link" in refused(tool)
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_link_for_a_config(good_weights, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "out" / "i3d.yaml").symlink_to(tmp_path / "mine")
+    files = f"{good_weights} {tmp_path}/i3d.pth --write-config {tmp_path}/out/i3d.yaml"
+    with pytest.raises(SystemExit, match=r"i3d\.yaml is a symbolic link"):
+        convert.main(words(files, "--from slowfast --to nl_detectron"))
     assert (tmp_path / "mine").read_text() == "mine"
 
 
