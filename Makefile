@@ -34,14 +34,15 @@ video: env
 	$(RUN) projects/video_classification/demo.py
 
 # Two processes of one thread each are faster than one of two threads.
+PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n2 --dist=loadscope
 test: lint
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n2 --dist=loadscope
+	$(PYTEST)
 
 test-slow: env
 	$(RUN) -m pytest -m slow
 
 torture: env
-	$(RUN) -m pytest -m slow tests/torture tests/engine tests/safety
+	$(PYTEST) -m slow tests/torture tests/engine tests/safety
 
 # Installed without dependencies: those that the blocks need are installed already, or listed here.
 PEERS = mmcv-lite mmengine addict rich yapf pytorchvideo timm safetensors
