@@ -15,7 +15,7 @@ import argparse
 import contextlib
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nl_detectron_cli.arguments import (
     add_config_file,
@@ -95,23 +95,30 @@ def main(argv: list[str] | None = None) -> None:
             if args.json:
                 make_output_folder(args.json.parent)
                 results = files.enter_context(ResultsFile(args.json, metadata))
-        # Treat SIGTERM like Ctrl-C until the files are closed.
-        files.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            for frame in tqdm(frames, total=len(frames) or None, unit="image"):
-                try:
-                    found = predictor(frame.image)["instances"].to("cpu")
-                    if args.output:
-                        frames.write(frame, draw(frame.image, found))
-                except Exception as error:  # do not stop for one image among thousands
-                    frames.skip(frame.name, error)
-                    continue
+        previous = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+
+        def stop(*_: Any) -> None:
+            nonlocal stopped
+            stopped = True  # after this image; a second signal is not held back
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+        for number, handler in previous.items():
+            files.callback(signal.signal, number, handler)
+            signal.signal(number, stop)
+        for frame in tqdm(frames, total=len(frames) or None, unit="image"):
+            try:
+                found = predictor(frame.image)["instances"].to("cpu")
+                if args.output:
+                    frames.write(frame, draw(frame.image, found))
+            except Exception as error:  # do not stop for one image among thousands
+                frames.skip(frame.name, error)
+            else:
                 if args.json:
                     results.add(found, frame.image_id)
                 done += 1
-        except KeyboardInterrupt:
-            stopped = True
+            if stopped:
+                break
     print_summary(args.input, done, frames.skipped)
     if stopped and not frames.endless:
         raise SystemExit("stopped before the end; the results so far are kept")
