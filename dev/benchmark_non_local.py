@@ -193,7 +193,7 @@ def build_block(case: Case, name: str) -> nn.Module:
     weights = convert(ours.state_dict(), "nl_detectron", name, lambda _: options)
     theirs.load_state_dict(weights.state)
     if name == "pytorchvideo" and len(shape.size) == 2:
-        return nn.Sequential(nn.Unflatten(2, (1, shape.size[0])), theirs, nn.Flatten(2, 3))
+        return nn.Sequential(nn.Unflatten(2, (1, -1)), theirs, nn.Flatten(2, 3))
     return theirs
 
 
