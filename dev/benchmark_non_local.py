@@ -26,7 +26,7 @@ A row of the table is a case, with these columns:
 mmcv, pytorchvideo and timm take part if they are installed: `make peers` puts them into
 build/peers, for PYTHONPATH.
 
-    python dev/benchmark_non_local.py --dtype float32 bfloat16               # takes 50 minutes
+    python dev/benchmark_non_local.py --dtype float32 bfloat16 --worst 20    # takes an hour
     python dev/benchmark_non_local.py --shapes res4 --pairwise dot_product
     python dev/benchmark_non_local.py --passes forward --picture benchmark.png \\
         --shapes n196 n784 n1764 n4225 n8464 n16900
@@ -40,6 +40,7 @@ Shapes: N batch, C in, D inner, P positions, Q queries, K keys.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -313,17 +314,18 @@ def exact(case: Case, blocks: dict[str, nn.Module], x: Tensor) -> list[str]:
     return found
 
 
-def large_products(case: Case) -> dict[str, Callable[[], Tensor]]:
-    """Return functions that compute a large matrix product in the dtype of a case."""
+def large_product(case: Case) -> Callable[[], Tensor]:
+    """Return a function that computes a large matrix product in the dtype of a case, and fast."""
     side = PRODUCT_SIZE
     a, b = torch.randn(2, side, side, device=case.device, dtype=getattr(torch, case.dtype))
     pixels = a.view(1, side, -1, 32).contiguous(memory_format=torch.channels_last)
     weight = b[:, :, None, None]
-    return {"product": lambda: a @ b, "convolution": lambda: F.conv2d(pixels, weight)}
+    ways = (lambda: a @ b, lambda: F.conv2d(pixels, weight))
+    return min(ways, key=lambda way: min(timed(case, way)[0] for _ in range(2)))
 
 
 def time_rounds(case: Case, names: list[str], seconds: float) -> dict[str, list[float]]:
-    """Time the blocks that are exact, and large products, in turns; return seconds by name.
+    """Time the blocks that are exact, and a large product, in turns; return seconds by name.
 
     There are at least five rounds, or three where a pass takes more than two seconds.
     """
@@ -333,8 +335,8 @@ def time_rounds(case: Case, names: list[str], seconds: float) -> dict[str, list[
         name: functools.partial(lambda block: run_pass(case, block, x)[0], blocks[name])
         for name in exact(case, blocks, x)
     }
-    for name, product in large_products(case).items():
-        runs[name] = functools.partial(lambda product: timed(case, product)[0], product)
+    product = large_product(case)
+    runs["product"] = lambda: timed(case, product)[0]
     times: dict[str, list[float]] = {name: [] for name in runs}
     start, rounds, least = time.perf_counter(), 0, 5
     while rounds < least or time.perf_counter() - start < seconds:
@@ -356,19 +358,18 @@ def chosen_path(case: Case) -> tuple[str, int]:
     return path, macs * (3 if case.backward else 1)
 
 
-def measure(case: Case, seconds: float) -> dict[str, Any]:
-    """Return what the table and the plot show of a case."""
-    peers = [name for name in PEERS if in_new_process(takes_part, case, name)]
+def measure(case: Case, seconds: float, plot: bool) -> dict[str, Any]:
+    """Return what the table, and optionally the plot, show of a case."""
+    peers = in_new_process(find_peers, case)
     paths = list(ops.PATHS[case.pairwise])
     chosen, multiplications = in_new_process(chosen_path, case)
-    # Of paths that are neither chosen nor plotted, only the time is shown.
     memory = {
         name: in_new_process(peak_memory, case, name) if fits(case, name) else None
-        for name in dict.fromkeys([chosen, "naive", *peers])
+        for name in dict.fromkeys([chosen, *peers, *["naive"] * plot])
     }
     names = [name for name in [*paths, *peers] if memory.get(name, 0) is not None]
     times = in_new_process(time_rounds, case, names, seconds) or {}
-    limits = [times.pop(name) for name in ("product", "convolution") if name in times]
+    product = times.pop("product", [])
     medians = {name: statistics.median(series) for name, series in times.items()}
     result = {
         "case": case._asdict(),
@@ -391,12 +392,11 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
         best = min(found, key=lambda name: medians[name], default="")
         return (ratio(chosen, best), best) if best else None
 
-    limit = min(limits, key=statistics.median)
     share = multiplications / PRODUCT_SIZE**3
     result |= {
-        "rounds": len(limit),
-        "rate": 2 * PRODUCT_SIZE**3 / statistics.median(limit),
-        "efficiency": statistics.median(share * a / b for a, b in zip(limit, times[chosen])),
+        "rounds": len(product),
+        "rate": 2 * PRODUCT_SIZE**3 / statistics.median(product),
+        "efficiency": statistics.median(share * a / b for a, b in zip(product, times[chosen])),
         "best_peer": to_best(peers),
         "best_path": to_best(paths),
     }
@@ -404,13 +404,14 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
     return result
 
 
-def takes_part(case: Case, peer: str) -> bool:
-    """Return whether another library is installed and has such a block."""
-    try:
-        PEERS[peer](case, SHAPES[case.shape])
-    except (ImportError, LookupError):
-        return False
-    return True
+def find_peers(case: Case) -> list[str]:
+    """Return the other libraries that are installed and have such a block."""
+    found = []
+    for name, build in PEERS.items():
+        with contextlib.suppress(ImportError, LookupError):
+            build(case, SHAPES[case.shape])
+            found.append(name)
+    return found
 
 
 HEADER = (
@@ -507,7 +508,7 @@ def main() -> None:
         help="have the input in the channels-last layout, as in a detector that is optimized; "
         "otherwise it is contiguous, as in a stock one",
     )
-    parser.add_argument("--seconds", type=float, default=3, help="minimum time per case")
+    parser.add_argument("--seconds", type=float, default=2, help="minimum time per case")
     parser.add_argument("--json", type=Path, help="also write all numbers to this file")
     parser.add_argument("--picture", type=Path, help="plot time and memory over N to this file")
     parser.add_argument(
@@ -533,7 +534,7 @@ def main() -> None:
     print_row(["---"] * len(HEADER))
     results = []
     for case in cases:
-        results.append(measure(case, args.seconds))
+        results.append(measure(case, args.seconds, bool(args.picture)))
         print_row(table_cells(results[-1]))
         if args.json:
             args.json.write_text(json.dumps(results, indent=1))
