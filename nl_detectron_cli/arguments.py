@@ -90,6 +90,19 @@ def add_model_and_images(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", type=Path, required=True, help="image, video, or folder of them")
 
 
+def add_fast(parser: argparse._ActionsContainer, note: str = "") -> None:
+    """Add ``--fast``."""
+    parser.add_argument(
+        "--fast",
+        nargs="?",
+        const="fp32",
+        type=precision,
+        metavar="fp32|bf16",
+        help="optimize the model for inference: results are the same up to rounding; with bf16, "
+        f"for hardware that has it, also compute in half precision{note} (default: fp32, if given)",
+    )
+
+
 def add_score_threshold(parser: argparse.ArgumentParser, help: str) -> None:
     """Add ``--score-threshold``."""
     parser.add_argument(
@@ -107,6 +120,15 @@ def probability(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text}")
     return value
+
+
+def precision(text: str) -> str:
+    """Argparse type: fp32 or bf16."""
+    if text not in ("fp32", "bf16"):
+        raise argparse.ArgumentTypeError(
+            f"must be fp32 or bf16, got {text}; before config keys, write --fast=fp32"
+        )
+    return text
 
 
 class RenamedOption(argparse.Action):

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nl_detectron_cli.arguments import (
+    add_fast,
     add_model_and_images,
     add_opts,
     add_score_threshold,
@@ -109,6 +110,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser,
         "minimum score of a detection, to take joints from it, or to query the keypoint head in it",
     )
+    add_fast(parser)
     parser.add_argument(
         "--cells", action="store_true", help="draw one rectangle per key, without interpolation"
     )
@@ -147,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
         metadata = model_metadata(cfg, args.weights)
         joints = joint_indices(args.joint, cfg, metadata)
         queries = QuerySpec(args.query, joints, args.block, args.score_threshold)
-        predictor = build_predictor(cfg, args.weights)
+        predictor = build_predictor(cfg, args.weights, args.fast)
         find_blocks(predictor.model, *(args.block or "*"))  # raises for unknown blocks
         inputs = predictor.open(args.input)
         if inputs.kind != "video" and (args.frame is not None or args.frames):

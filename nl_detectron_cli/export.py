@@ -23,7 +23,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from nl_detectron_cli.arguments import add_config_file, add_opts, command_parser
+from nl_detectron_cli.arguments import add_config_file, add_fast, add_opts, command_parser
 
 SUFFIXES = {"torch": ".pt2", "onnx": ".onnx", "torchscript": ".ts"}
 
@@ -47,6 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--part", choices=("model", "backbone"), default="model", help="default: %(default)s"
     )
+    add_fast(parser)
     add_opts(parser)
     args = parser.parse_args(argv)
     if args.output.suffix != SUFFIXES[args.format]:
@@ -56,6 +57,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         )
     if args.format == "onnx" and args.part == "model":
         parser.error("--format onnx exports backbones only: add --part backbone")
+    if args.format == "onnx" and args.fast == "bf16":
+        parser.error("--format onnx needs --fast fp32, or none, got bf16")
     return args
 
 
@@ -78,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         frame = next(iter(Predictor.open(args.input)), None)
         if frame is None:
             raise ValueError(f"--input {args.input} has no image that can be read")
-        predictor = Predictor(cfg, args.weights)
+        predictor = Predictor(cfg, args.weights, args.fast)
         image = predictor.network_input(frame.image)["image"].to(predictor.model.device)
         program = PROGRAMS[args.part](predictor.model)
         make_output_folder(args.output.parent)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from nl_detectron_cli.arguments import (
     add_config_file,
+    add_fast,
     add_opts,
     add_score_threshold,
     command_parser,
@@ -57,6 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="COCO json with the model's classes and the image ids",
     )
     add_score_threshold(parser, "minimum score of a detection")
+    add_fast(parser)
     add_opts(parser)
     args = parser.parse_args(argv)
     if not (args.output or args.json):
@@ -91,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
             files.callback(frames.close)
             if args.json and isinstance(frames, Images):
                 frames.check_ids()
-            predictor = Predictor(cfg, args.weights)
+            predictor = Predictor(cfg, args.weights, args.fast)
             if args.json:
                 make_output_folder(args.json.parent)
                 results = files.enter_context(ResultsFile(args.json, metadata))

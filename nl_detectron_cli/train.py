@@ -19,7 +19,13 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from nl_detectron_cli.arguments import add_integer, load_options, run_options, training_parser
+from nl_detectron_cli.arguments import (
+    add_fast,
+    add_integer,
+    load_options,
+    run_options,
+    training_parser,
+)
 from nl_detectron_cli.threads import limit_thread_spinning
 
 if TYPE_CHECKING:
@@ -44,6 +50,7 @@ def parse_training(
         "log the health of the blocks every N iterations; 0: never",
         minimum=0,
     )
+    add_fast(parser, "; for --eval-only")
     args = parser.parse_args(argv)
     for_training = args.allow_missing or args.strip_blocks or args.scale_lr
     if args.eval_only and (for_training or args.keep_last or args.keep_best):
@@ -51,6 +58,8 @@ def parse_training(
             "--allow-missing, --allow-partial, --strip-blocks, --scale-lr, --keep-last and "
             "--keep-best are for training; --eval-only needs the complete checkpoint of a training"
         )
+    if args.fast and not args.eval_only:
+        parser.error("--fast is for --eval-only: an optimized model cannot be trained")
     return args
 
 
@@ -75,12 +84,14 @@ def check_model(trainer_class: type[StrictTrainer], args: argparse.Namespace, cf
     """Check the model of a task in the same way."""
     from nl_detectron.engine.checkpoint_files import check_nothing_is_overwritten
     from nl_detectron.engine.checkpoint_hooks import check_metric
+    from nl_detectron.engine.optimize import optimize
     from nl_detectron.non_local import find_blocks
 
     check_metric(args.keep_best, cfg, trainer_class.metrics)
     if not (args.eval_only or args.resume):
         check_nothing_is_overwritten(cfg.OUTPUT_DIR)
     model = trainer_class.dry_run(cfg, args.resume, **load_options(args))
+    optimize(model, args.fast)
     if args.health_period:
         find_blocks(model, "*")
 
@@ -99,13 +110,14 @@ def train_model(trainer_class: type[StrictTrainer], args: argparse.Namespace, cf
 
     from nl_detectron.analysis.health import BlockHealthHook
     from nl_detectron.engine.failures import explained_errors
+    from nl_detectron.engine.optimize import optimize
 
     if args.eval_only:
         model = trainer_class.build_model(cfg)
         checkpointer = trainer_class.build_checkpointer(cfg, model, **load_options(args))
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         with explained_errors():
-            results = trainer_class.test(cfg, model)
+            results = trainer_class.test(cfg, optimize(model, args.fast))
         if comm.is_main_process():
             verify_results(cfg, results)
         return results

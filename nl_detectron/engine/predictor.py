@@ -16,6 +16,7 @@ from torch import nn
 from nl_detectron.config import PREDICTORS
 from nl_detectron.engine.checkpoint import StrictCheckpointer
 from nl_detectron.engine.frames import Frame, Images
+from nl_detectron.engine.optimize import optimize
 
 logger = logging.getLogger(__name__)
 
@@ -42,29 +43,41 @@ class Sample(NamedTuple):
     frame: int = 0
 
 
-def build_predictor(cfg: CfgNode, weights: str | None = None) -> Any:
+def build_predictor(cfg: CfgNode, weights: str | None = None, fast: str | None = None) -> Any:
     """Return a :class:`Predictor`, or what a project registered for its models.
 
     A class that is registered in :data:`nl_detectron.config.PREDICTORS` has these members of
     :class:`Predictor`: ``model``, ``open``, ``sample`` and ``frame_stride``.
+
+    Raises:
+        ValueError: see :class:`Predictor`; also ``fast`` for a model of a project.
     """
-    return PREDICTORS.get(cfg.MODEL.META_ARCHITECTURE, Predictor)(cfg, weights)
+    registered = PREDICTORS.get(cfg.MODEL.META_ARCHITECTURE)
+    if registered is None:
+        return Predictor(cfg, weights, fast)
+    if fast:
+        raise ValueError(f"only detectors can be fast, got {cfg.MODEL.META_ARCHITECTURE}")
+    return registered(cfg, weights)
 
 
 class Predictor(engine.DefaultPredictor):
     """detectron2's predictor for BGR images (H, W, 3), which requires a complete set of weights."""
 
+    model: Any
     open = Images  # finds the images that a user names
 
-    def __init__(self, cfg: CfgNode, weights: str | None = None):
+    def __init__(self, cfg: CfgNode, weights: str | None = None, fast: str | None = None):
         """Build the model and load its weights.
 
         Args:
             cfg: config of the model; it is not modified.
             weights: checkpoint; default: ``MODEL.WEIGHTS``. "" keeps the initial values.
+            fast: "fp32" or "bf16" to optimize the model,
+                see :func:`~nl_detectron.engine.optimize.optimize_for_inference`.
 
         Raises:
-            ValueError: the config does not build a model, or the weights do not match it exactly.
+            ValueError: the config does not build a model, the weights do not match it exactly, or
+                it cannot be optimized.
         """
         weights = cfg.MODEL.WEIGHTS if weights is None else weights
         cfg = cfg.clone()
@@ -73,6 +86,7 @@ class Predictor(engine.DefaultPredictor):
         with model_errors():
             super().__init__(cfg)
         load_weights(self.model, weights)
+        self.model = optimize(self.model, fast)
 
     def network_input(self, image: np.ndarray) -> dict[str, Any]:
         """Return the input of ``model`` for an image, to run the model without this class."""

@@ -81,6 +81,18 @@ def test_backbone(trained, tmp_path, capsys):
     assert [path.name for path in output.parent.iterdir()] == ["backbone.ts"]
 
 
+@pytest.mark.parametrize("fast", ["fp32", "bf16"])
+def test_fast(fast, trained, tmp_path):
+    """The weights are in the file, so half precision halves it."""
+    sizes = []
+    for option in ("", f"--fast={fast}"):
+        output = tmp_path / "backbone.ts"
+        options = f"--part backbone --format torchscript {option}"
+        command.main(arguments(trained[0], output, options))
+        sizes.append(output.stat().st_size)
+    assert sizes[1] / sizes[0] == pytest.approx({"fp32": 1, "bf16": 0.5}[fast], abs=0.15)
+
+
 def test_file_that_differs_is_not_kept(trained, tmp_path, monkeypatch):
     output = tmp_path / "backbone.ts"
     output.write_text("an earlier one")
@@ -97,6 +109,11 @@ def test_file_that_differs_is_not_kept(trained, tmp_path, monkeypatch):
         ("a.onnx", "", "--output must end in .pt2 with --format torch, got a.onnx"),
         ("a.onnx", "--format onnx", "--format onnx exports backbones only: add --part backbone"),
         ("a.pt2", "--format onnx", "--output must end in .onnx with --format onnx, got a.pt2"),
+        (
+            "a.onnx",
+            "--format onnx --part backbone --fast=bf16",
+            "--format onnx needs --fast fp32, or none, got bf16",
+        ),
     ],
 )
 def test_arguments_that_contradict(output, options, message, capsys):

@@ -22,7 +22,7 @@ from nl_detectron.config import PREDICTORS, load_config
 from nl_detectron.engine.coco.data_sets import set_num_classes
 from nl_detectron.engine.coco.files import register_coco_files
 from nl_detectron.engine.coco.trainer import CocoTrainer
-from nl_detectron.engine.predictor import Predictor
+from nl_detectron.engine.predictor import Predictor, build_predictor
 from nl_detectron_cli import train
 from nl_detectron_cli.predict import main
 from tests.generated_coco import write_video
@@ -95,6 +95,18 @@ def test_folder_as_evaluated(predict, images, custom_data, weights, tmp_path, ca
     assert all(len(a["keypoints"]) == 2 * 3 for a in found)
     with contextlib.redirect_stdout(io.StringIO()):
         assert len(COCO(str(custom_data)).loadRes(found).anns) == len(found)
+
+
+@pytest.mark.parametrize(("fast", "tolerance"), [("--fast", 1e-3), ("--fast=bf16", 0.05)])
+def test_fast(fast, tolerance, predict, images, tmp_path):
+    """The same objects, up to rounding, which tells that the model is another one."""
+    for name, options in (("stock", []), ("fast", [fast])):
+        predict(images / "1.png", *options, "--json", tmp_path / f"{name}.json")
+    expected, found = read(tmp_path / "stock.json"), read(tmp_path / "fast.json")
+    best, other = (max(a, key=lambda o: o["score"]) for a in (expected, found))
+    assert other["score"] == pytest.approx(best["score"], abs=tolerance)
+    assert other["bbox"] == pytest.approx(best["bbox"], abs=64 * tolerance)
+    assert [o["score"] for o in found] != [o["score"] for o in expected]
 
 
 def test_images_that_fail_are_named_skipped_and_counted(predict, images, tmp_path, capsys):
@@ -255,3 +267,6 @@ def test_mistakes(predict, images, weights, custom_data, tmp_path, monkeypatch):
     refuse("META_ARCHITECTURE GeneralizedRCNN is not a detector")
     with pytest.raises(SystemExit, match="META_ARCHITECTURE GeneralizedRCNN is not a detector"):
         train.main(["--config-file", CONFIG])
+    monkeypatch.setitem(PREDICTORS, "GeneralizedRCNN", Predictor)
+    with pytest.raises(ValueError, match="only detectors can be fast, got GeneralizedRCNN"):
+        build_predictor(load_config(CONFIG), str(weights), "fp32")

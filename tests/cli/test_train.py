@@ -59,7 +59,7 @@ def test_keypoints_train_resume_and_evaluate(custom_data, tmp_path):
     assert model["roi_heads.keypoint_head.score_lowres.weight"].shape[1] == 2
 
     # A new process knows what was stored, and finds the AP that the training found.
-    flags = ["--eval-only", *custom_data_arguments(custom_data, "test")]
+    flags = ["--eval-only --fast", *custom_data_arguments(custom_data, "test")]
     options = ["OUTPUT_DIR", tmp_path / "again", "MODEL.WEIGHTS", tmp_path / "model_final.pth"]
     done = run(*command, *flags, *options, *TINY)
     rows = [line.split(": ")[-1] for line in done.stdout.splitlines() if "copypaste" in line]
@@ -121,6 +121,8 @@ def test_evaluation_needs_the_complete_model(custom_data, tmp_path):
         ("--eval-only --scale-lr", "are for training"),
         ("--eval-only --keep-last 2", "are for training"),
         ("--eval-only --keep-best bbox/AP", "are for training"),
+        ("--fast", "--fast is for --eval-only"),
+        ("--eval-only --fast=fp8", "argument --fast: must be fp32 or bf16, got fp8"),
     ],
 )
 def test_wrong_arguments(arguments, message, capsys):
