@@ -8,6 +8,7 @@ Shapes: N batch, Q queries, K keys, D inner width of theta and phi, E width of g
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -20,6 +21,9 @@ from torch import Tensor
 # narrow to be fast.
 BLOCK_PAIRS = 2**21
 
+# Larger affinities are not left rounded to bfloat16.
+MAX_ROUNDED_AFFINITY = 8.0
+
 
 def softmax(theta: Tensor, phi: Tensor, scale: bool, key_mask: Tensor | None) -> Tensor:
     """softmax_j(theta_i . phi_j), (N, Q, K) in at least float32.
@@ -29,20 +33,22 @@ def softmax(theta: Tensor, phi: Tensor, scale: bool, key_mask: Tensor | None) ->
     # Unscaled products of half-precision features exceed 65504 in a healthy training, so the
     # product is computed in float32, not only the softmax.
     with no_autocast(theta):
-        theta, phi = at_least_float32(theta), at_least_float32(phi)
-        if scale:
-            theta = theta * _scale(theta)
-        affinity = theta @ phi.transpose(-2, -1)
-        if key_mask is not None:
-            affinity.masked_fill_(~_never_empty(key_mask)[:, None, :], float("-inf"))
-        return affinity.softmax(dim=-1)
+        return _softmax(at_least_float32(theta), at_least_float32(phi), scale, key_mask)
 
 
 def softmax_sum(
     theta: Tensor, phi: Tensor, g: Tensor, scale: bool, key_mask: Tensor | None
 ) -> Tensor:
-    """sum_j softmax_j(theta_i . phi_j) g_j with the matrix of all pairs."""
-    return softmax(theta, phi, scale, key_mask).to(g.dtype) @ g
+    """sum_j softmax_j(theta_i . phi_j) g_j with the matrix of all pairs.
+
+    On a CPU, products of bfloat16 rows are computed in bfloat16 (:func:`_softmax`). To first order
+    in 2**-8, that changes y by at most
+    2**-7 max |g| (max(MAX_ROUNDED_AFFINITY, 2**-8 max |affinity|) + log K + 1).
+    """
+    dtype = g.dtype
+    with no_autocast(theta):
+        theta, phi, g = _operands(theta, phi, g)
+        return (_softmax(theta, phi, scale, key_mask) @ g).to(dtype)
 
 
 def blocked_softmax_sum(
@@ -55,21 +61,23 @@ def blocked_softmax_sum(
     """
     if compiling():
         return fused_softmax_sum(theta, phi, g, scale, key_mask)
-    rows = [at_least_float32(t) for t in (theta, phi, g)]
-    if scale:
-        rows[0] = rows[0] * _scale(theta)
+    dtype = g.dtype
     with no_autocast(theta):
-        return _BlockedSoftmaxSum.apply(*rows, key_mask).to(g.dtype)
+        theta, phi, g = _operands(theta, phi, g)
+        return _BlockedSoftmaxSum.apply(theta, phi, g, scale, key_mask).to(dtype)
 
 
 class _BlockedSoftmaxSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, theta: Tensor, phi: Tensor, g: Tensor, key_mask: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, theta: Tensor, phi: Tensor, g: Tensor, scale: bool, key_mask: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(theta, phi, g, key_mask)
+        ctx.scale = scale
         # One tensor for all results: small ones allocated between the blocks fragment the heap.
         y = g.new_empty(*theta.shape[:2], g.shape[2])
-        for n, rows, p in _softmax_blocks(theta, phi, key_mask):
-            y[n, rows] = p @ g[n]
+        for n, rows, mask in _blocks(theta, phi, key_mask):
+            y[n, rows] = _softmax(theta[n, rows], phi[n], scale, mask) @ g[n]
         return y
 
     @staticmethod
@@ -77,22 +85,24 @@ class _BlockedSoftmaxSum(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("path 'blocked' has no second derivative; path 'naive' has one")
         theta, phi, g, key_mask = ctx.saved_tensors
-        d_theta, d_phi, d_g = torch.empty_like(theta), torch.zeros_like(phi), torch.zeros_like(g)
-        for n, rows, p in _softmax_blocks(theta, phi, key_mask):
-            d_g[n].baddbmm_(p.mT, dy[n, rows])
-            # The gradient of a softmax p is p (dp - sum p dp). The sum also equals dy . y, but only
-            # computed like this does it cancel exactly where one key has all the weight.
-            d_affinity = (dy[n, rows] @ g[n].mT).mul_(p)
-            d_affinity.addcmul_(p, d_affinity.sum(dim=-1, keepdim=True), value=-1)
-            d_phi[n].baddbmm_(d_affinity.mT, theta[n, rows])
-            d_theta[n, rows] = d_affinity @ phi[n]
-        return d_theta, d_phi, d_g, None
+        d_theta = torch.empty_like(theta)
+        # At least float32: the sums of many blocks would lose digits.
+        d_phi, d_g = (torch.zeros_like(at_least_float32(t)) for t in (phi, g))
+        for n, rows, mask in _blocks(theta, phi, key_mask):
+            queries, keys = (t.detach().requires_grad_() for t in (theta[n, rows], phi[n]))
+            with torch.enable_grad():
+                p = _softmax(queries, keys, ctx.scale, mask)
+            d_p = dy[n, rows] @ g[n].mT
+            d_theta[n, rows], d_phi_block = torch.autograd.grad(p, (queries, keys), d_p)
+            d_phi[n] += d_phi_block
+            d_g[n] += p.detach().mT @ dy[n, rows]
+        return d_theta, d_phi.to(phi.dtype), d_g.to(g.dtype), None, None
 
 
-def _softmax_blocks(
+def _blocks(
     theta: Tensor, phi: Tensor, key_mask: Tensor | None
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield slices of samples and of queries, and their softmax (samples, queries, K)."""
+) -> Iterator[tuple[slice, slice, Tensor | None]]:
+    """Yield slices of samples and of queries, and the samples' mask."""
     (samples, queries), keys = theta.shape[:2], max(phi.shape[1], 1)
     samples_step = max(BLOCK_PAIRS // max(queries * keys, 1), 1)
     queries_step = max(BLOCK_PAIRS // keys, 1)
@@ -100,8 +110,46 @@ def _softmax_blocks(
         n = slice(first, first + samples_step)
         mask = None if key_mask is None else key_mask[n]
         for start in range(0, queries, queries_step):
-            rows = slice(start, start + queries_step)
-            yield n, rows, softmax(theta[n, rows], phi[n], False, mask)
+            yield n, slice(start, start + queries_step), mask
+
+
+def _softmax(theta: Tensor, phi: Tensor, scale: bool, key_mask: Tensor | None) -> Tensor:
+    """softmax_j(theta_i . phi_j) in the dtype of its operands.
+
+    Rounding an affinity a to bfloat16 changes its weight p by up to 2**-8 |a| p. Where affinities
+    are large, they are computed again, less the largest of their query: products are summed in
+    float32, so only the difference t is rounded, and the sum over keys of t p is at most log K.
+    """
+    affinity = _affinity(theta, phi, scale, theta.new_empty(1, 1, 1), 0)
+    if key_mask is not None:
+        key_mask = ~_never_empty(key_mask)[:, None, :]
+        affinity.masked_fill_(key_mask, float("-inf"))
+    if affinity.dtype == torch.bfloat16 and affinity.numel():
+        with torch.no_grad():
+            largest = affinity.amax(dim=-1, keepdim=True)
+        if largest.abs().max() > MAX_ROUNDED_AFFINITY:
+            affinity = _affinity(theta, phi, scale, largest, -1)
+            if key_mask is not None:
+                affinity.masked_fill_(key_mask, float("-inf"))
+    return affinity.softmax(dim=-1)
+
+
+def _affinity(theta: Tensor, phi: Tensor, scale: bool, offset: Tensor, factor: float) -> Tensor:
+    """theta_i . phi_j + factor * offset_i, rounded once."""
+    alpha = _scale(theta) if scale else 1.0
+    return torch.baddbmm(offset, theta, phi.mT, beta=factor, alpha=alpha)
+
+
+def _operands(*rows: Tensor) -> list[Tensor]:
+    """Convert rows to the dtype of their products: half precision to float32, except for bfloat16
+    on a CPU, whose instructions sum it in float32. A program for many sizes has one dtype.
+    """
+    dtype = functools.reduce(torch.promote_types, [t.dtype for t in rows])
+    if dtype == torch.float16 or (
+        dtype == torch.bfloat16 and (compiling() or not all(t.is_cpu for t in rows))
+    ):
+        dtype = torch.float32
+    return [t.to(dtype) for t in rows]
 
 
 def fused_softmax_sum(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 
@@ -267,3 +268,44 @@ def test_more_keys_than_float16_can_count():
             assert_close(y, torch.full((1, 1, 1), 3.0).half())
         weights = ops.attention(theta, phi, pairwise=pairwise, w_f=w_f, key_mask=mask)
         assert_close(weights, torch.full((1, 1, keys), 1 / keys))
+
+
+@pytest.mark.parametrize("path", ["naive", "blocked"])
+@pytest.mark.parametrize("size", [0.5, 2, 8, 30])  # affinities of 2, 40, 600, 9000
+def test_bfloat16_stays_within_its_bound(path, size):
+    """The bound that softmax_sum states."""
+    theta, phi, g, _ = sample(2, 13, 300, 16, 8, dtype=torch.float32)
+    theta, phi, g = ((f * t).bfloat16() for f, t in zip((size, size, 1), (theta, phi, g)))
+    y = operate(("embedded_gaussian", False, path), theta, phi, g, None)
+    theta, phi, g = (t.double() for t in (theta, phi, g))
+    exact = oracles.plain_operation(theta, phi, g, "embedded_gaussian", False)
+    largest = (theta @ phi.mT).abs().max().item()
+    size = max(paths.MAX_ROUNDED_AFFINITY, 2**-8 * largest) + math.log(300) + 1
+    error = (y.double() - exact).abs().max().item()
+    assert error <= 2**-7 * size * g.abs().max().item()
+    # What rounding large affinities would have cost
+    if largest > 500:
+        rounded = (theta @ phi.mT).bfloat16().double().softmax(-1) @ g
+        assert error < 0.1 * (rounded - exact).abs().max().item()
+
+
+@pytest.mark.parametrize("path", ["naive", "blocked"])
+@pytest.mark.parametrize("size", [1, 8])
+def test_bfloat16_gradients(path, size):
+    """Not further from those of float64 than plain products of bfloat16 are."""
+    theta, phi, g, _ = sample(1, 130, 300, 64, 32, dtype=torch.float32)
+    args = [(f * t).bfloat16() for f, t in zip((size, size, 1), (theta, phi, g))]
+    args.append(torch.randn(1, 130, 32).bfloat16())
+
+    def function(theta, phi, g):
+        return operate(("embedded_gaussian", True, path), theta, phi, g, None)
+
+    def plain(theta, phi, g):
+        return (theta @ phi.mT * 64**-0.5).softmax(dim=-1) @ g
+
+    got, plainly = outputs_and_gradients(function, *args), outputs_and_gradients(plain, *args)
+    exact = outputs_and_gradients(plain, *(t.double() for t in args))
+    for t, bfloat16, truth in zip(got, plainly, exact):
+        assert t.dtype == torch.bfloat16
+        assert (t - truth).norm() <= 1.1 * (bfloat16 - truth).norm()
+        assert (t - truth).norm() <= 0.02 * truth.norm()
