@@ -115,9 +115,9 @@ def dot_product(
         theta, phi, g = _in_one_dtype(theta, phi, g)
         g = g / _number_of_keys(g, key_mask)
         if path == "linear":
-            y = theta @ (phi.transpose(-2, -1) @ g)
+            y = paths.product(theta, g.mT @ phi)
         else:
-            y = (theta @ phi.transpose(-2, -1)) @ g
+            y = paths.product(paths.product(theta, phi), g.mT)
     return y.to(dtype)
 
 

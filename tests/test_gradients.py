@@ -129,6 +129,23 @@ def test_every_gradient_with_weights_in_channels_last(pairwise, path, norm, dim)
     compare(run(block, in_memory(x, "channels_last"), dy), expected)
 
 
+@pytest.mark.parametrize(("pairwise", "path"), FORMS)
+def test_every_gradient_by_convolution(pairwise, path, monkeypatch):
+    """Products that large float32 maps have; here in float64."""
+    monkeypatch.setattr(paths, "CONVOLVED_DTYPES", (torch.float64,))
+    monkeypatch.setattr(paths, "MIN_CONVOLVED_PAIRS", 1)
+    for dim, maps in MAPS.items():
+        for axes, size in maps:
+            block = make(dim, "", pairwise, axes=axes)
+            block.path = path
+            for batch in (1, 2):
+                x, dy = torch.randn(2, batch, C, *size).double()
+                expected = expect(block, x, dy, pairwise=pairwise, axes=axes)
+                for layouts in LAYOUTS:
+                    got = run(block, *map(in_memory, (x, dy), layouts))
+                    compare(got, expected, size, axes, batch, layouts)
+
+
 @norms
 @pytest.mark.parametrize("pairwise", ops.PAIRWISE)
 def test_every_gradient_with_activation_checkpoint(pairwise, norm):
