@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nl_detectron import ops
 from nl_detectron.norm import CONV_FUNCTION, conv_and_norm, make_norm
-from nl_detectron.padding import key_mask, pool_keys, sizes_in_map
+from nl_detectron.padding import has_padding, key_mask, pool_keys, sizes_in_map
 from nl_detectron.parts import AXES, check_parts, part_size, to_map, to_rows
 
 SUBSAMPLE_POSITIONS = ("before_conv", "after_conv")
@@ -232,6 +232,8 @@ class NonLocalBlock(CNNBlockBase):
         if x.device.type == "cpu" and self.dim in _CHANNELS_LAST:
             # Convolutions and pooling are faster, and rows are views; one copy of x costs less.
             x = x.contiguous(memory_format=_CHANNELS_LAST[self.dim])
+        if sizes is not None and not has_padding(x, sizes):
+            sizes = None  # a mask would cost time and change nothing
         theta: Callable[[Tensor], Tensor] = self.theta
         phi: Callable[[Tensor], Tensor] = self.phi
         w_f = None

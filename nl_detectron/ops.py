@@ -42,6 +42,19 @@ PATHS = {
 # A matrix of this many pairs (1 MB in float32) stays in a core's cache: "naive" is fastest.
 MAX_NAIVE_PAIRS = 2**18
 
+# Of the Gaussian forms, by device, dtype of the products and whether gradients are needed: up to
+# how many pairs per sample "naive" is fastest, and the path beyond. Measured by
+#     python dev/benchmark_non_local.py --pairwise embedded_gaussian --dtype float32 bfloat16
+# except on CUDA, where PyTorch documents kernels for what is not float64.
+GAUSSIAN_PATHS = {
+    ("cpu", torch.float32, False): (5 * 2**19, "fused"),
+    ("cpu", torch.float32, True): (5 * 2**19, "blocked"),
+    ("cpu", torch.bfloat16, False): (2**23, "blocked"),
+    ("cpu", torch.bfloat16, True): (2**23, "blocked"),
+    ("cuda", torch.float32, False): (0, "fused"),
+    ("cuda", torch.float32, True): (0, "fused"),
+}
+
 
 def gaussian(
     theta: Tensor,
@@ -191,19 +204,18 @@ def choose_path(
         return "naive"
     if paths.compiling():
         return "fused"
-    # Where a softmax saturates, as an unscaled one does, the gradients of "fused" are inexact. On
-    # CUDA they are accepted for a scaled one. There are no fused kernels for float64.
-    scaled = scale and pairwise == "embedded_gaussian"
-    needs_gradient = torch.is_grad_enabled() and (
+    gradient = torch.is_grad_enabled() and (
         theta.requires_grad or phi.requires_grad or g.requires_grad
     )
-    if theta.is_cuda and theta.dtype != torch.float64 and (scaled or not needs_gradient):
-        return "fused"
-    if queries * keys <= MAX_NAIVE_PAIRS:
-        return "naive"
-    # On a CPU, fused kernels need theta, phi and g of one width; padding the narrower ones costs
-    # more than the kernels save.
-    return "fused" if width == value_width and not needs_gradient else "blocked"
+    key = theta.device.type, paths.operand_dtype(theta, phi, g), gradient
+    most, large = GAUSSIAN_PATHS.get(key, (MAX_NAIVE_PAIRS, "blocked" if gradient else "fused"))
+    # Where a softmax saturates, as an unscaled one does, the gradients of "fused" are inexact.
+    if large == "fused" and gradient and not (scale and pairwise == "embedded_gaussian"):
+        most, large = MAX_NAIVE_PAIRS, "blocked"
+    # On a CPU, "fused" needs theta, phi and g of one width; padding costs more than it saves.
+    if large == "fused" and not theta.is_cuda and width != value_width:
+        large = "blocked"
+    return "naive" if queries * keys <= most else large
 
 
 def attention(

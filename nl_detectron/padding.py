@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nl_detectron.paths import compiling
+
 _running = threading.local()
 
 
@@ -40,6 +42,16 @@ def sizes_in_map(stride: int) -> Tensor | None:
         return None
     # Strided layers of a ResNet round up: a cell at the border of the image is one of its own.
     return sizes.add(stride - 1).div(stride, rounding_mode="floor")
+
+
+def has_padding(x: Tensor, sizes: Tensor) -> bool:
+    """Whether a map of a batch x (N, C, H, W) may be larger than its ``sizes`` (N, 2).
+
+    Only looked up on a CPU and where it does not become part of a program.
+    """
+    if compiling() or not x.is_cpu:
+        return True
+    return bool((sizes < torch.tensor(x.shape[2:])).any())
 
 
 def image_sizes(images: Tensor) -> Tensor:

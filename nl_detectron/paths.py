@@ -175,15 +175,18 @@ def _by_convolution(rows: Tensor, others: Tensor) -> bool:
     )
 
 
-def _operands(*rows: Tensor) -> list[Tensor]:
-    """Convert rows to the dtype of their products: half precision to float32, except for bfloat16
-    on a CPU, whose instructions sum it in float32. A program for many sizes has one dtype.
+def operand_dtype(*rows: Tensor) -> torch.dtype:
+    """The dtype in which rows are multiplied: float64, float32 or, on a CPU, bfloat16.
+
+    Instructions sum bfloat16 in float32. A program for many sizes is one for float32.
     """
     dtype = functools.reduce(torch.promote_types, [t.dtype for t in rows])
-    if dtype == torch.float16 or (
-        dtype == torch.bfloat16 and (compiling() or not all(t.is_cpu for t in rows))
-    ):
-        dtype = torch.float32
+    lean = dtype == torch.bfloat16 and rows[0].is_cpu and not compiling()
+    return dtype if dtype == torch.float64 or lean else torch.float32
+
+
+def _operands(*rows: Tensor) -> list[Tensor]:
+    dtype = operand_dtype(*rows)
     return [t.to(dtype) for t in rows]
 
 

@@ -73,6 +73,16 @@ def respond(block, x, sizes):
         forget_sizes(nn.Identity())
 
 
+@forms
+def test_without_padding_nothing_changes(pairwise, path):
+    block, x = make(2, pairwise=pairwise, subsample=2), torch.randn(2, C, 5, 7).double()
+    block.path = path
+    assert torch.equal(respond(block, x, [(5, 7), (5, 7)]), block(x))
+    padded = respond(block, x, [(5, 7), (5, 4)])  # one of two
+    assert not torch.equal(padded, block(x))
+    assert_close(padded[:1], block(x)[:1])
+
+
 def alone(x, sizes):
     return [x[n : n + 1, :, :rows, :columns] for n, (rows, columns) in enumerate(sizes)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
@@ -309,3 +310,32 @@ def test_bfloat16_gradients(path, size):
         assert t.dtype == torch.bfloat16
         assert (t - truth).norm() <= 1.1 * (bfloat16 - truth).norm()
         assert (t - truth).norm() <= 0.02 * truth.norm()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "queries", "keys", "chosen", "chosen_for_gradients"),
+    [
+        (torch.float32, 3136, 784, "naive", "naive"),  # res3 of 4 frames, pooled
+        (torch.float32, 16800, 4200, "fused", "blocked"),  # res3 of an image, pooled
+        (torch.float16, 16800, 4200, "fused", "blocked"),
+        (torch.bfloat16, 4200, 1050, "naive", "naive"),  # res4 of an image, pooled
+        (torch.bfloat16, 16800, 4200, "blocked", "blocked"),
+        (torch.float64, 530, 530, "fused", "blocked"),
+    ],
+    ids=str,
+)
+def test_path_by_dtype(dtype, queries, keys, chosen, chosen_for_gradients):
+    theta, phi, g, _ = sample(1, queries, keys, 2, 2, dtype=dtype)
+    assert ops.choose_path("embedded_gaussian", theta, phi, g) == chosen
+    theta.requires_grad_()
+    assert ops.choose_path("embedded_gaussian", theta, phi, g) == chosen_for_gradients
+    assert ops.choose_path("gaussian", theta, phi, g) == chosen_for_gradients
+    assert ops.choose_path("gaussian", theta.detach(), phi[..., :1], g) in (chosen, "blocked")
+
+
+def test_path_of_a_program_does_not_depend_on_sizes(monkeypatch):
+    monkeypatch.setattr(paths, "compiling", lambda: True)
+    for pairwise, chosen in zip(ops.PAIRWISE, ("fused", "fused", "linear", "sorted")):
+        for size, dtype in itertools.product((2, 900), (torch.float32, torch.bfloat16)):
+            rows = sample(1, size, size, 3, 3, dtype=dtype)[:3]
+            assert ops.choose_path(pairwise, *rows) == chosen
