@@ -47,8 +47,8 @@ MAX_NAIVE_PAIRS = 2**18
 #     python dev/benchmark_non_local.py --pairwise embedded_gaussian --dtype float32 bfloat16
 # except on CUDA, where PyTorch documents kernels for what is not float64.
 GAUSSIAN_PATHS = {
-    ("cpu", torch.float32, False): (5 * 2**19, "fused"),
-    ("cpu", torch.float32, True): (5 * 2**19, "blocked"),
+    ("cpu", torch.float32, False): (2**18, "fused"),
+    ("cpu", torch.float32, True): (5 * 2**20, "blocked"),
     ("cpu", torch.bfloat16, False): (2**23, "blocked"),
     ("cpu", torch.bfloat16, True): (2**23, "blocked"),
     ("cuda", torch.float32, False): (0, "fused"),

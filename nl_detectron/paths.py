@@ -9,6 +9,7 @@ Shapes: N batch, Q queries, K keys, D inner width of theta and phi, E width of g
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Pairs per block in blocked_softmax_sum: 8 MB in float32. With fewer, matrix products are too
+# Pairs per block in blocked_softmax_sum: 16 MB in float32. With fewer, matrix products are too
 # narrow to be fast.
-BLOCK_PAIRS = 2**21
+BLOCK_PAIRS = 2**22
 
 # Products of at least this many numbers per sample are computed as convolutions in these dtypes.
-MIN_CONVOLVED_PAIRS = 2**16
+MIN_CONVOLVED_PAIRS = 2**19
 CONVOLVED_DTYPES = (torch.float32,)
 
 # Larger affinities are not left rounded to bfloat16.
@@ -75,6 +76,8 @@ def blocked_softmax_sum(
     dtype = g.dtype
     with no_autocast(theta):
         theta, phi, g = _operands(theta, phi, g)
+        if scale and phi.dtype != torch.bfloat16:  # once, not once a block
+            phi, scale = _scale(theta) * phi, False
         return _BlockedSoftmaxSum.apply(theta, phi, g, scale, key_mask).to(dtype)
 
 
@@ -114,9 +117,9 @@ def _blocks(
     theta: Tensor, phi: Tensor, key_mask: Tensor | None
 ) -> Iterator[tuple[slice, slice, Tensor | None]]:
     """Yield slices of samples and of queries, and the samples' mask."""
-    (samples, queries), keys = theta.shape[:2], max(phi.shape[1], 1)
-    samples_step = max(BLOCK_PAIRS // max(queries * keys, 1), 1)
-    queries_step = max(BLOCK_PAIRS // keys, 1)
+    (samples, queries), pairs = theta.shape[:2], max(theta.shape[1] * phi.shape[1], 1)
+    samples_step = max(BLOCK_PAIRS // pairs, 1)
+    queries_step = max(math.ceil(queries / math.ceil(pairs / BLOCK_PAIRS)), 1)
     for first in range(0, samples, samples_step):
         n = slice(first, first + samples_step)
         mask = None if key_mask is None else key_mask[n]

@@ -315,7 +315,7 @@ def test_bfloat16_gradients(path, size):
 @pytest.mark.parametrize(
     ("dtype", "queries", "keys", "chosen", "chosen_for_gradients"),
     [
-        (torch.float32, 3136, 784, "naive", "naive"),  # res3 of 4 frames, pooled
+        (torch.float32, 3136, 784, "fused", "naive"),  # res3 of 4 frames, pooled
         (torch.float32, 16800, 4200, "fused", "blocked"),  # res3 of an image, pooled
         (torch.float16, 16800, 4200, "fused", "blocked"),
         (torch.bfloat16, 4200, 1050, "naive", "naive"),  # res4 of an image, pooled
@@ -330,7 +330,6 @@ def test_path_by_dtype(dtype, queries, keys, chosen, chosen_for_gradients):
     theta.requires_grad_()
     assert ops.choose_path("embedded_gaussian", theta, phi, g) == chosen_for_gradients
     assert ops.choose_path("gaussian", theta, phi, g) == chosen_for_gradients
-    assert ops.choose_path("gaussian", theta.detach(), phi[..., :1], g) in (chosen, "blocked")
 
 
 def test_path_of_a_program_does_not_depend_on_sizes(monkeypatch):
