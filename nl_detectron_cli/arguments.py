@@ -243,6 +243,18 @@ def training_parser(
         metavar="SHARE",
         help="share of the training images that --bad-images skip may skip (default: %(default)s)",
     )
+    parser.add_argument(
+        "--channels-last",
+        action="store_true",
+        help="train with the channels of a map next to each other in memory; faster on CPUs, and "
+        "on GPUs in mixed precision; results are the same up to rounding",
+    )
+    parser.add_argument(
+        "--fold-norms",
+        action="store_true",
+        help="train with frozen batch norms folded into convolutions; faster, and results are the "
+        "same up to rounding",
+    )
     add_opts(parser, ", such as SOLVER.BASE_LR 0.01")
     return parser
 
@@ -256,6 +268,8 @@ def run_options(args: argparse.Namespace) -> RunOptions:
         keep_best=args.keep_best,
         max_nonfinite=args.max_nonfinite,
         max_bad_images=args.max_bad_images if args.bad_images == "skip" else 0.0,
+        channels_last=args.channels_last,
+        fold_norms=args.fold_norms,
     )
 
 

@@ -29,9 +29,9 @@ ROOMS = {
     "analysis": "geometry drawing.colors drawing.strip drawing.canvas drawing.figures attention "
     "queries health cost detector_cost",
     "engine": "console frames options randomness history loader precise_bn checkpoint_files lock "
-    "checkpoint checkpoint_hooks optimize predictor export schedule signals failures step trainer "
-    "ablation launch coco.flipping coco.findings coco.files coco.annotations "
-    "coco.image_files coco.checking coco.metadata coco.data_sets coco.evaluation "
+    "checkpoint checkpoint_hooks optimize predictor export schedule signals failures step "
+    "training_model trainer ablation launch coco.flipping coco.findings coco.files "
+    "coco.annotations coco.image_files coco.checking coco.metadata coco.data_sets coco.evaluation "
     "coco.results coco.trainer",
 }
 ALLOWED = {"safety": [], "": ["safety"]}

@@ -32,6 +32,7 @@ from nl_detectron.engine.predictor import model_errors
 from nl_detectron.engine.randomness import seed_generators
 from nl_detectron.engine.signals import StopOnSignal
 from nl_detectron.engine.step import TrainingStep
+from nl_detectron.engine.training_model import prepare_for_training
 
 logger = logging.getLogger("nl_detectron")
 
@@ -67,7 +68,8 @@ class StrictTrainer(engine.DefaultTrainer):
             max_nonfinite=options.max_nonfinite,
             output_dir=cfg.OUTPUT_DIR,
         )
-        with _replaced_parts(cfg.MODEL.DEVICE, step):
+        prepare = functools.partial(prepare_for_training, options=options)
+        with _replaced_parts(cfg.MODEL.DEVICE, step, prepare):
             super().__init__(cfg)
 
     @classmethod
@@ -285,16 +287,23 @@ def _how_to_go_on(path: str) -> str:
 
 
 @contextmanager
-def _replaced_parts(device: str, step: Callable[..., TrainingStep]) -> Iterator[None]:
-    """Let ``DefaultTrainer`` take our steps, and on the CPU wrap a model for several processes.
+def _replaced_parts(
+    device: str, step: Callable[..., TrainingStep], prepare: Callable[[nn.Module], nn.Module]
+) -> Iterator[None]:
+    """Let ``DefaultTrainer`` take our steps, and prepare a model, for several processes on a CPU.
 
     It passes the local rank to ``DistributedDataParallel`` as a GPU index, which is an error on the
     CPU. The only way to change either is to patch what it calls.
     """
     module = engine.defaults
+    cpu = {"device_ids": None} if device == "cpu" else {}
+    create = module.create_ddp_model
+
+    def create_ddp_model(model: nn.Module, **options: Any) -> nn.Module:
+        return create(prepare(model), **{**options, **cpu})
+
     replaced: dict[str, Callable] = {"SimpleTrainer": step, "AMPTrainer": step}
-    if device == "cpu":
-        replaced["create_ddp_model"] = functools.partial(module.create_ddp_model, device_ids=None)
+    replaced["create_ddp_model"] = create_ddp_model
     stock = {name: getattr(module, name) for name in replaced}
     try:
         vars(module).update(replaced)
