@@ -119,6 +119,15 @@ def test_masked_keys_are_left_out(form):
 
 
 @forms
+def test_masked_keys_are_left_out_of_convolutions(form, monkeypatch):
+    """Products that large float32 maps have; here in float64."""
+    monkeypatch.setattr(paths, "CONVOLVED_DTYPES", (torch.float64,))
+    monkeypatch.setattr(paths, "MIN_CONVOLVED_PAIRS", 1)
+    *args, mask = masked_sample()
+    assert_close(operate(form, *args, mask), expect(form, *args, mask))
+
+
+@forms
 def test_without_keys_the_response_is_zero(form):
     args = [t.requires_grad_() for t in sample()]
     mask = torch.tensor([[False] * 5, [True] * 5])
@@ -261,6 +270,16 @@ def test_affinity_is_in_float32_under_autocast(pairwise, path):
     with torch.autocast("cpu", torch.bfloat16):
         got = operate((pairwise, True, path), theta, phi, torch.tensor([[[4.0], [8.0]]]), None)
     assert_close(got.float(), torch.tensor([[[y]]]), rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("path", ops.PATHS["gaussian"])
+@pytest.mark.parametrize("pairwise", GAUSSIAN_FORMS)
+def test_affinity_beyond_float16(pairwise, path, dtype):
+    """Of 90,000 and 90,600: the second key has all the weight."""
+    theta, phi, g = [[[300.0]]], [[[300.0], [302.0]]], [[[4.0], [8.0]]]
+    args = (torch.tensor(t, dtype=dtype) for t in (theta, phi, g))
+    assert operate((pairwise, True, path), *args, None).item() == 8
 
 
 @forms

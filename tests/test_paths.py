@@ -110,10 +110,12 @@ def test_concatenation_tells_sorted_which_keys_take_part():
 
 # The gaussian form of a map: a position is its own strongest key, and the exact gradients of theta
 # and phi vanish. That of g is left.
+@pytest.mark.parametrize("least", [1, 2**30], ids=["convolution", "matmul"])
 @pytest.mark.parametrize("activation", [1, 4, 16])
 @pytest.mark.parametrize("path", ["naive", "blocked", None])
 @pytest.mark.parametrize("pairwise", ["gaussian", "embedded_gaussian"])
-def test_gradients_where_the_softmax_saturates(pairwise, path, activation):
+def test_gradients_where_the_softmax_saturates(pairwise, path, activation, least, monkeypatch):
+    monkeypatch.setattr(paths, "MIN_CONVOLVED_PAIRS", least)
     x, dy = activation * torch.randn(1, 530, 32), torch.randn(1, 530, 32)
 
     def function(x):
