@@ -15,7 +15,8 @@ fused        the two Gaussian forms    ``torch.nn.functional.scaled_dot_product_
 blocked      the two Gaussian forms    a block of queries at a time
 ===========  ========================  =============================================================
 
-"fused" and "blocked" have no second derivative.
+"fused" and "blocked" have no second derivative. Of half precision, sums and softmax are in float32.
+On a CPU, products of bfloat16 stay in bfloat16, within a bound (:func:`.paths.softmax_sum`).
 
 Shapes: N batch, Q queries, K keys, D inner width of theta and phi, E width of g.
 
@@ -45,12 +46,13 @@ MAX_NAIVE_PAIRS = 2**18
 # Of the Gaussian forms, by device, dtype of the products and whether gradients are needed: up to
 # how many pairs per sample "naive" is fastest, and the path beyond. Measured by
 #     python dev/benchmark_non_local.py --pairwise embedded_gaussian --dtype float32 bfloat16
-# except on CUDA, where PyTorch documents kernels for what is not float64.
+# except on CUDA, where PyTorch documents kernels for what is not float64. "blocked" takes a third
+# more products in the backward pass, so for gradients, a res4 map of an image is still "naive".
 GAUSSIAN_PATHS = {
     ("cpu", torch.float32, False): (2**18, "fused"),
-    ("cpu", torch.float32, True): (5 * 2**20, "blocked"),
+    ("cpu", torch.float32, True): (5 * 2**22, "blocked"),
     ("cpu", torch.bfloat16, False): (2**23, "blocked"),
-    ("cpu", torch.bfloat16, True): (2**23, "blocked"),
+    ("cpu", torch.bfloat16, True): (5 * 2**22, "blocked"),
     ("cuda", torch.float32, False): (0, "fused"),
     ("cuda", torch.float32, True): (0, "fused"),
 }

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Pairs per block in blocked_softmax_sum: 16 MB in float32. With fewer, matrix products are too
+# Pairs per block in blocked_softmax_sum: 20 MB in float32. With fewer, matrix products are too
 # narrow to be fast.
-BLOCK_PAIRS = 2**22
+BLOCK_PAIRS = 5 * 2**20
 
 # Products of at least this many numbers per sample are computed as convolutions in these dtypes.
 MIN_CONVOLVED_PAIRS = 2**19

@@ -319,6 +319,7 @@ def test_bfloat16_gradients(path, size):
     [
         (torch.float32, 3136, 784, "fused", "naive"),  # res3 of 4 frames, pooled
         (torch.float32, 16800, 4200, "fused", "blocked"),  # res3 of an image, pooled
+        (torch.float32, 4200, 4200, "fused", "naive"),  # res4
         (torch.float16, 16800, 4200, "fused", "blocked"),
         (torch.bfloat16, 4200, 1050, "naive", "naive"),  # res4 of an image, pooled
         (torch.bfloat16, 16800, 4200, "blocked", "blocked"),
