@@ -102,14 +102,15 @@ class _BlockedSoftmaxSum(torch.autograd.Function):
         d_theta = torch.empty_like(theta)
         # At least float32: the sums of many blocks would lose digits.
         d_phi, d_g = (torch.zeros_like(at_least_float32(t)) for t in (phi, g))
-        for n, rows, mask in _blocks(theta, phi, key_mask):
-            queries, keys = (t.detach().requires_grad_() for t in (theta[n, rows], phi[n]))
-            with torch.enable_grad():
-                p = _softmax(queries, keys, ctx.scale, mask)
-            d_p = product(dy[n, rows], g[n])
-            d_theta[n, rows], d_phi_block = torch.autograd.grad(p, (queries, keys), d_p)
-            d_phi[n] += d_phi_block
-            d_g[n] += p.detach().mT @ dy[n, rows]
+        with no_autocast(theta):  # which may be on for backward passes too
+            for n, rows, mask in _blocks(theta, phi, key_mask):
+                queries, keys = (t.detach().requires_grad_() for t in (theta[n, rows], phi[n]))
+                with torch.enable_grad():
+                    p = _softmax(queries, keys, ctx.scale, mask)
+                d_p = product(dy[n, rows], g[n])
+                d_theta[n, rows], d_phi_block = torch.autograd.grad(p, (queries, keys), d_p)
+                d_phi[n] += d_phi_block
+                d_g[n] += p.detach().mT @ dy[n, rows]
         return d_theta, d_phi.to(phi.dtype), d_g.to(g.dtype), None, None
 
 

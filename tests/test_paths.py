@@ -341,3 +341,14 @@ def test_path_of_a_program_does_not_depend_on_sizes(monkeypatch):
         for size, dtype in itertools.product((2, 900), (torch.float32, torch.bfloat16)):
             rows = sample(1, size, size, 3, 3, dtype=dtype)[:3]
             assert ops.choose_path(pairwise, *rows) == chosen
+
+
+def test_blocked_backward_pass_within_autocast():
+    args = [*sample(1, 130, 170, 32, 16, dtype=torch.float32)[:3], torch.randn(1, 130, 16)]
+
+    def function(theta, phi, g):
+        return operate(("embedded_gaussian", True, "blocked"), theta, phi, g, None)
+
+    expected = outputs_and_gradients(function, *args)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(outputs_and_gradients(function, *args), expected)
