@@ -53,10 +53,12 @@ def parse_training(
     add_fast(parser, "; for --eval-only")
     args = parser.parse_args(argv)
     for_training = args.allow_missing or args.strip_blocks or args.scale_lr
-    if args.eval_only and (for_training or args.keep_last or args.keep_best):
+    faster = args.channels_last or args.fold_norms
+    if args.eval_only and (for_training or faster or args.keep_last or args.keep_best):
         parser.error(
-            "--allow-missing, --allow-partial, --strip-blocks, --scale-lr, --keep-last and "
-            "--keep-best are for training; --eval-only needs the complete checkpoint of a training"
+            "--allow-missing, --allow-partial, --strip-blocks, --scale-lr, --keep-last, "
+            "--keep-best, --channels-last and --fold-norms are for training; --eval-only needs the "
+            "complete checkpoint of a training, and is faster with --fast"
         )
     if args.fast and not args.eval_only:
         parser.error("--fast is for --eval-only: an optimized model cannot be trained")
@@ -85,6 +87,7 @@ def check_model(trainer_class: type[StrictTrainer], args: argparse.Namespace, cf
     from nl_detectron.engine.checkpoint_files import check_nothing_is_overwritten
     from nl_detectron.engine.checkpoint_hooks import check_metric
     from nl_detectron.engine.optimize import optimize
+    from nl_detectron.engine.training_model import prepare_for_training
     from nl_detectron.non_local import find_blocks
 
     check_metric(args.keep_best, cfg, trainer_class.metrics)
@@ -92,6 +95,7 @@ def check_model(trainer_class: type[StrictTrainer], args: argparse.Namespace, cf
         check_nothing_is_overwritten(cfg.OUTPUT_DIR)
     model = trainer_class.dry_run(cfg, args.resume, **load_options(args))
     optimize(model, args.fast)
+    prepare_for_training(model, run_options(args))
     if args.health_period:
         find_blocks(model, "*")
 

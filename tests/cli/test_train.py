@@ -118,6 +118,8 @@ def test_evaluation_needs_the_complete_model(custom_data, tmp_path):
         ("--eval-only --allow-missing=roi_heads", "are for training"),
         ("--eval-only --allow-partial", "are for training"),
         ("--eval-only --strip-blocks", "are for training"),
+        ("--eval-only --channels-last", "are for training"),
+        ("--eval-only --fold-norms", "are for training"),
         ("--eval-only --scale-lr", "are for training"),
         ("--eval-only --keep-last 2", "are for training"),
         ("--eval-only --keep-best bbox/AP", "are for training"),
@@ -143,3 +145,9 @@ def test_threads_soon_sleep_when_they_wait(policy, spins, monkeypatch):
     done = run("tools/train_net.py --config-file Base-RCNN-FPN.yaml SEEDS 1", code=1)
     assert re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr) == [str(spins)]
     assert done.stderr.splitlines()[-1] == "Non-existent key: SEEDS; did you mean SEED?"
+
+
+def test_option_that_would_change_nothing_ends_before_training(custom_data, tmp_path):
+    arguments = "--fold-norms --config-file", CONFIG, *custom_data_arguments(custom_data, "train")
+    with pytest.raises(SystemExit, match="--fold-norms: the model has no frozen batch norm"):
+        launched(train, train.train, *arguments, "OUTPUT_DIR", tmp_path, *TINY)
