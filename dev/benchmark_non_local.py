@@ -380,7 +380,8 @@ def measure(case: Case, seconds: float, plot: bool) -> dict[str, Any]:
         "seconds": medians,
         "others": {name: "fails" for name in [*paths, *peers] if name not in names},
     }
-    result["others"] |= {name: "differs" for name in names if name not in times}
+    reason = "differs" if product else "fails"  # all of them together
+    result["others"] |= {name: reason for name in names if name not in times}
     if chosen not in times:
         return result
 
@@ -438,8 +439,8 @@ def table_cells(result: dict[str, Any]) -> Iterator[str]:
     for best in ("best_peer", "best_path"):
         yield f"{result[best][0]:.2f} ({result[best][1]})" if result.get(best) else ""
     yield f"{result['efficiency']:.2f}" if timed else ""
-    yield f"{memory[chosen] / 2**20:.0f} MB" if memory[chosen] else "fails"
-    leanest = min(((memory[name], name) for name in PEERS if memory.get(name)), default=None)
+    yield "fails" if memory[chosen] is None else f"{memory[chosen] / 2**20:.0f} MB"
+    leanest = min(((memory[n], n) for n in PEERS if memory.get(n) is not None), default=None)
     yield f"{leanest[0] / 2**20:.0f} MB ({leanest[1]})" if leanest else ""
     yield ", ".join(
         f"{name} {other}" if isinstance(other, str) else f"{name} {other:.2f}"
