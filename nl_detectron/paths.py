@@ -23,7 +23,7 @@ from torch import Tensor
 BLOCK_PAIRS = 5 * 2**20
 
 # Products of at least this many numbers per sample are computed as convolutions in these dtypes.
-MIN_CONVOLVED_PAIRS = 2**19
+MIN_CONVOLVED_PAIRS = 2**16
 CONVOLVED_DTYPES = (torch.float32,)
 
 # Larger affinities are not left rounded to bfloat16.
