@@ -49,7 +49,7 @@ MAX_NAIVE_PAIRS = 2**18
 # except on CUDA, where PyTorch documents kernels for what is not float64. "blocked" takes a third
 # more products in the backward pass, so for gradients, a res4 map of an image is still "naive".
 GAUSSIAN_PATHS = {
-    ("cpu", torch.float32, False): (2**18, "fused"),
+    ("cpu", torch.float32, False): (5 * 2**20, "fused"),
     ("cpu", torch.float32, True): (5 * 2**22, "blocked"),
     ("cpu", torch.bfloat16, False): (2**23, "blocked"),
     ("cpu", torch.bfloat16, True): (5 * 2**22, "blocked"),
