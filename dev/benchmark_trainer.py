@@ -14,7 +14,7 @@ our trainer without them, on the same images in the same order.
         --of channels_last fold_norms \\
         --config-file configs/COCO-InstanceSegmentation/mask_rcnn_R_50_NL_FPN_1x.yaml \\
         MODEL.WEIGHTS "" SOLVER.IMS_PER_BATCH 2 INPUT.MIN_SIZE_TRAIN "(320,)" \\
-        INPUT.MAX_SIZE_TRAIN 480 SOLVER.BASE_LR 0.0001
+        INPUT.MAX_SIZE_TRAIN 480 SOLVER.BASE_LR 1e-9
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.utils.events import EventStorage
@@ -85,6 +86,7 @@ def run_config(args: argparse.Namespace, output: Path) -> CfgNode:
     cfg.SOLVER.CHECKPOINT_PERIOD = 10 * args.rounds
     cfg.OUTPUT_DIR = str(output)
     output.mkdir()
+    torch.manual_seed(0)  # Both start from the same weights.
     return cfg
 
 
