@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.data import build_detection_train_loader
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
@@ -74,7 +73,7 @@ def test_folded_convolution(size, layout, bias):
 @pytest.mark.parametrize("options", CHOICES)
 def test_gradients_of_a_detector(options, custom_data_name, tmp_path):
     trainer, cfg = make_trainer(custom_data_name, tmp_path, **options)
-    batch = next(iter(build_detection_train_loader(cfg)))
+    batch = next(iter(CocoTrainer.build_train_loader(cfg)))  # the same in every run
     reference = build_model(cfg)
     reference.load_state_dict(trainer.model.state_dict())
     gradients = []
@@ -84,9 +83,11 @@ def test_gradients_of_a_detector(options, custom_data_name, tmp_path):
             sum(model(batch).values()).backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
+    # In float32, in which NMS computes; a norm after a convolution leaves it a tiny gradient.
+    largest = max(gradient.norm() for gradient in gradients[0].values())
     for name, gradient in gradients[0].items():
         error = (gradients[1][name] - gradient).norm()
-        assert error <= 1e-4 * gradient.norm() + 1e-7, name
+        assert error <= 1e-4 * gradient.norm() + 1e-5 * largest, name
     weight = trainer.model.backbone.bottom_up.res3[0].conv1.weight
     last = weight.is_contiguous(memory_format=torch.channels_last)
     assert last == options.get("channels_last", False) != weight.is_contiguous()
