@@ -90,8 +90,9 @@ class _BlockedSoftmaxSum(torch.autograd.Function):
         ctx.scale = scale
         # One tensor for all results: small ones allocated between the blocks fragment the heap.
         y = g.new_empty(*theta.shape[:2], g.shape[2])
+        values = g.mT.contiguous()  # once, not once a block
         for n, rows, mask in _blocks(theta, phi, key_mask):
-            y[n, rows] = product(_softmax(theta[n, rows], phi[n], scale, mask), g[n].mT)
+            y[n, rows] = product(_softmax(theta[n, rows], phi[n], scale, mask), values[n])
         return y
 
     @staticmethod
