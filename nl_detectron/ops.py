@@ -49,7 +49,7 @@ MAX_NAIVE_PAIRS = 2**18
 # except on CUDA, where PyTorch documents kernels for what is not float64. "blocked" takes a third
 # more products in the backward pass, so for gradients, a res4 map of an image is still "naive".
 GAUSSIAN_PATHS = {
-    ("cpu", torch.float32, False): (5 * 2**20, "fused"),
+    ("cpu", torch.float32, False): (5 * 2**20, "blocked"),
     ("cpu", torch.float32, True): (5 * 2**22, "blocked"),
     ("cpu", torch.bfloat16, False): (2**23, "blocked"),
     ("cpu", torch.bfloat16, True): (5 * 2**22, "blocked"),
@@ -210,13 +210,10 @@ def choose_path(
         theta.requires_grad or phi.requires_grad or g.requires_grad
     )
     key = theta.device.type, paths.operand_dtype(theta, phi, g), gradient
-    most, large = GAUSSIAN_PATHS.get(key, (MAX_NAIVE_PAIRS, "blocked" if gradient else "fused"))
+    most, large = GAUSSIAN_PATHS.get(key, (MAX_NAIVE_PAIRS, "blocked"))
     # Where a softmax saturates, as an unscaled one does, the gradients of "fused" are inexact.
     if large == "fused" and gradient and not (scale and pairwise == "embedded_gaussian"):
         most, large = MAX_NAIVE_PAIRS, "blocked"
-    # On a CPU, "fused" needs theta, phi and g of one width; padding costs more than it saves.
-    if large == "fused" and not theta.is_cuda and width != value_width:
-        large = "blocked"
     return "naive" if queries * keys <= most else large
 
 

@@ -135,7 +135,7 @@ def _softmax(theta: Tensor, phi: Tensor, scale: bool, key_mask: Tensor | None) -
     hidden = None if key_mask is None else ~_never_empty(key_mask)[:, None, :]
     if theta.dtype == torch.bfloat16:
         return _bfloat16_affinity(theta, phi, factor, hidden).softmax(dim=-1)
-    affinity = product(theta, factor * phi)
+    affinity = product(theta, factor * phi if scale else phi)
     if hidden is not None:
         affinity.masked_fill_(hidden, float("-inf"))
     return affinity.softmax(dim=-1)
@@ -168,7 +168,9 @@ def product(rows: Tensor, others: Tensor) -> Tensor:
     if not _by_convolution(rows, others) or len(rows) > 1:
         return rows @ others.mT
     others = others[0].contiguous()  # strided weights make a convolution slower than a copy does
-    return F.conv2d(rows.mT[:, :, None], others[:, :, None, None])[:, :, 0].mT
+    # Strides of new axes are those of a channels-last map, so that the result is one, too.
+    x = rows[0][None, None].permute(0, 3, 1, 2)
+    return F.conv2d(x, others[:, :, None, None])[:, :, 0].mT
 
 
 def _by_convolution(rows: Tensor, others: Tensor) -> bool:
