@@ -21,6 +21,7 @@ from nl_detectron import ops
 from nl_detectron.norm import CONV_FUNCTION, conv_and_norm, make_norm
 from nl_detectron.padding import has_padding, key_mask, pool_keys, sizes_in_map
 from nl_detectron.parts import AXES, check_parts, part_size, to_map, to_rows
+from nl_detectron.paths import compiling
 
 SUBSAMPLE_POSITIONS = ("before_conv", "after_conv")
 
@@ -229,7 +230,7 @@ class NonLocalBlock(CNNBlockBase):
 
         For ``gaussian``, theta and phi have width C; where w_f is folded into their convolution, 1.
         """
-        if x.device.type == "cpu" and self.dim in _CHANNELS_LAST:
+        if x.is_cpu and self.dim in _CHANNELS_LAST and not compiling():
             # Convolutions and pooling are faster, and rows are views; one copy of x costs less.
             x = x.contiguous(memory_format=_CHANNELS_LAST[self.dim])
         if sizes is not None and not has_padding(x, sizes):

@@ -70,7 +70,9 @@ def fingerprint(cfg, part):
         if part == "head":
             out = model.layers(torch.randn(2, 6, 14, 14, generator=generator))
         else:
-            out = model(torch.randn(1, 3, 64, 64, generator=generator))["res5"]
+            images = torch.randn(1, 3, 64, 64, generator=generator)
+            images[..., 32:] = 0  # padding
+            out = model(images)["res5"]
     return ({name: p.shape for name, p in model.named_parameters()}, saved), out
 
 

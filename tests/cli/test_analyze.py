@@ -70,8 +70,8 @@ def test_mistake():
 def test_command():
     done = run("tools/analyze.py --config-file", RETINANET, "--batch-size 2")
     assert "| retinanet_R_50_NL_FPN_1x | 40,015,284 | 2,099,712 |" in done.stdout
-    # x; pooled keys and where they come from; theta, phi, g; y
+    # x; pooled keys and where they come from; theta, phi, g; y; attention
     x, keys, inner = 1024 * 4200, 1024 * 1050, 512 * (4200 + 2 * 1050 + 4200)
-    saved = 2 * (4 * (x + keys + inner) + 8 * keys) / 2**20
-    block = "| backbone.bottom_up.res4.non_local4 | 2 x 1024 x 50 x 84 | blocked | 2,099,712 |"
+    saved = 2 * (4 * (x + keys + inner + 4200 * 1050) + 8 * keys) / 2**20
+    block = "| backbone.bottom_up.res4.non_local4 | 2 x 1024 x 50 x 84 | naive | 2,099,712 |"
     assert f"{block} 20.0 | 20.0 | {saved:.1f} MB |" in done.stdout
