@@ -63,11 +63,14 @@ def check_models(
     from nl_detectron.engine.ablation import VARIANTS
     from nl_detectron.engine.checkpoint_files import check_nothing_is_overwritten
     from nl_detectron.engine.checkpoint_hooks import check_metric
+    from nl_detectron.engine.training_model import prepare_for_training
     from nl_detectron.non_local import find_blocks
 
     check_metric(args.keep_best, cfg, trainer_class.metrics)
     options = load_options(args)
-    if not find_blocks(trainer_class.dry_run(cfg, resume=False, **options)):
+    model = trainer_class.dry_run(cfg, resume=False, **options)
+    prepare_for_training(model, run_options(args))
+    if not find_blocks(model):
         raise ValueError(
             f"{args.config_file} has no blocks to compare without: MODEL.BACKBONE.NAME is "
             f"{cfg.MODEL.BACKBONE.NAME}, MODEL.ROI_KEYPOINT_HEAD.NAME is "

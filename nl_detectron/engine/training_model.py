@@ -65,6 +65,8 @@ def to_channels_last(model: nn.Module) -> None:
 
 class _FoldedConv2d(Conv2d):
     def forward(self, x: Tensor) -> Tensor:
+        if self.norm is None:  # folded for inference
+            return super().forward(x)
         weight, bias = fold_norm(self, self.norm)  # type: ignore[misc]  # it is frozen
         x = self._conv_forward(x, weight, bias)
         return x if self.activation is None else self.activation(x)

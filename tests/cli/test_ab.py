@@ -81,6 +81,11 @@ def test_no_blocks(check, tmp_path):
         check("OUTPUT_DIR", tmp_path, config="Base-RCNN-FPN.yaml")
 
 
+def test_no_norms_to_fold(check, tmp_path):
+    with pytest.raises(SystemExit, match="--fold-norms: the model has no frozen batch norm"):
+        check("--fold-norms OUTPUT_DIR", tmp_path)
+
+
 def test_weights_with_trained_blocks(check, tmp_path):
     """Without blocks it would be a network that no one has trained."""
     model = build_model(load_config(CONFIG, [*TINY, "MODEL.ROI_HEADS.NUM_CLASSES", "1"]))

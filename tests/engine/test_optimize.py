@@ -20,6 +20,7 @@ from torch.testing import assert_close
 from nl_detectron.config import load_config
 from nl_detectron.engine.optimize import optimize_for_inference
 from nl_detectron.engine.predictor import Predictor
+from nl_detectron.engine.training_model import fold_frozen_norms
 from nl_detectron.model_zoo import get_config_file
 from nl_detectron.non_local import find_blocks
 
@@ -249,6 +250,13 @@ def test_regions_are_where_they_are(dtype, small_cfg, monkeypatch):
                 maps[0][:1].float(), [box[None]], row.shape[1:], 1 / 4, 0, aligned=True
             )
             assert torch.equal(row, expected[0])
+
+
+def test_model_prepared_for_training(small_cfg):
+    model, batch = make_detector(small_cfg), images()
+    expected = detect(model, batch)
+    fold_frozen_norms(model)
+    assert_same_objects(detect(optimize_for_inference(model), batch), expected)
 
 
 @pytest.mark.slow
