@@ -57,8 +57,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         )
     if args.format == "onnx" and args.part == "model":
         parser.error("--format onnx exports backbones only: add --part backbone")
-    if args.format == "onnx" and args.fast == "bf16":
-        parser.error("--format onnx needs --fast fp32, or none, got bf16")
+    if args.format != "torchscript" and args.fast == "bf16":
+        parser.error(f"--fast=bf16 is for --format torchscript, got {args.format}")
     return args
 
 

@@ -166,6 +166,8 @@ def export(program: BackboneProgram, image: Tensor) -> torch.export.ExportedProg
     shapes = {images.dim() - 2: size("height"), images.dim() - 1: size("width")}
     if images.dim() == 4:
         shapes[0] = torch.export.Dim("batch")
+    # The layout of channels-last weights would be checked for each size.
+    program.to(memory_format=torch.contiguous_format)
     with _exportable(), torch.no_grad():
         return torch.export.export(program, (images,), dynamic_shapes=(shapes,))
 

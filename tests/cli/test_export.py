@@ -109,11 +109,7 @@ def test_file_that_differs_is_not_kept(trained, tmp_path, monkeypatch):
         ("a.onnx", "", "--output must end in .pt2 with --format torch, got a.onnx"),
         ("a.onnx", "--format onnx", "--format onnx exports backbones only: add --part backbone"),
         ("a.pt2", "--format onnx", "--output must end in .onnx with --format onnx, got a.pt2"),
-        (
-            "a.onnx",
-            "--format onnx --part backbone --fast=bf16",
-            "--format onnx needs --fast fp32, or none, got bf16",
-        ),
+        ("a.pt2", "--fast=bf16", "--fast=bf16 is for --format torchscript, got torch"),
     ],
 )
 def test_arguments_that_contradict(output, options, message, capsys):

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from nl_detectron import NonLocalBlock, ops
 from nl_detectron.config import default_config
 from nl_detectron.engine import export
+from nl_detectron.engine.optimize import optimize_for_inference
 from tests import oracles
 from tests.conftest import SMALL
 
@@ -182,3 +183,10 @@ def test_keypoints_that_are_not_those_of_the_heatmaps(detector):
     assert export.compare(found, fewer)["pred_boxes"] == float("inf")
     other = {**found, "scores": found["scores"] * float("nan")}
     assert export.compare(found, other)["scores"] == float("inf")
+
+
+def test_optimized_detector(detector):
+    """Whose weights are channels-last."""
+    program = export.DetectorProgram(optimize_for_inference(detector))
+    exported = export.export(program, image((96, 128)))
+    check_detections(exported.module(), detector)
